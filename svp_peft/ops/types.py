@@ -1,8 +1,56 @@
-"""What a backward pass of the scan is asked for, and what it returns."""
+"""What the ops exchange: the weights of a mixer, and which gradients of a scan are wanted."""
 
 from typing import NamedTuple
 
 from torch import Tensor
+
+
+class MixerWeights(NamedTuple):
+    """The tensors of one Vim mixer, per direction where a field is a tuple.
+
+    One or two convolutions and one or two scans:
+
+        bimamba "none"   one convolution, one scan
+        bimamba "v1"     one convolution, two scans: the second runs backwards over the same inputs
+                         with an A of its own
+        bimamba "v2"     two convolutions, two scans: the second of each runs backwards
+    """
+
+    in_proj_weight: Tensor
+    """(2 * d_inner, d_model): the first half makes x, the second the gate z."""
+    in_proj_bias: Tensor | None
+    conv_weight: tuple[Tensor, ...]
+    """Per convolution, (d_inner, width)."""
+    conv_bias: tuple[Tensor, ...] | None
+    """Per convolution, (d_inner,)."""
+    x_proj_weight: tuple[Tensor, ...]
+    """Per convolution, (dt_rank + 2 * d_state, d_inner)."""
+    dt_weight: tuple[Tensor, ...]
+    """Per convolution, (d_inner, dt_rank)."""
+    dt_bias: tuple[Tensor, ...]
+    """Per convolution, (d_inner,)."""
+    A_log: tuple[Tensor, ...]
+    """Per scan, (d_inner, d_state); A = -exp(A_log)."""
+    D: tuple[Tensor, ...]
+    """Per convolution, (d_inner,)."""
+    out_proj_weight: Tensor
+    """(d_model, d_inner)."""
+    out_proj_bias: Tensor | None
+
+    @property
+    def conv_reverse(self) -> tuple[bool, ...]:
+        """Per convolution, whether it looks at the tokens after t."""
+        return (False, True)[: len(self.conv_weight)]
+
+    @property
+    def scan_reverse(self) -> tuple[bool, ...]:
+        """Per scan, whether it runs from the last token to the first."""
+        return (False, True)[: len(self.A_log)]
+
+    @property
+    def source_of_direction(self) -> tuple[int, ...]:
+        """Per scan, the index of the convolution that it reads."""
+        return tuple(min(k, len(self.conv_weight) - 1) for k in range(len(self.A_log)))
 
 
 class ScanNeeds(NamedTuple):
