@@ -1,7 +1,7 @@
 """The bidirectional selective scan in plain PyTorch: the truth that every kernel is tested against.
 
     delta_t = softplus(dt_t W_dt^T + b_dt)
-    h_t     = exp(delta_t A) h_{t-1} + delta_t B_t u_t         discretised recurrence, one per direction
+    h_t     = exp(delta_t A) h_{t-1} + delta_t B_t u_t           discretised, one per direction
     y       = sum over directions of (C_t . h_t + D u_t)
     out     = scale * y * SiLU(z)
 

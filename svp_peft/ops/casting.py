@@ -1,0 +1,48 @@
+"""The dtype that an op computes in, and half-precision copies of frozen weights made once."""
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The autocast dtype where autocast is on for x's device, else x's own dtype.
+
+    float64 stays float64: PyTorch's autocast leaves it alone too.
+    """
+    device_type = x.device.type
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return x.dtype
+
+
+def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """`weight` in `dtype`; for a frozen weight the copy is made once and kept with it.
+
+    A frozen backbone under bf16 autocast would otherwise convert every weight in every forward and
+    backward pass. The copy follows the weight: it is renewed in place when the weight has been
+    written to (load_state_dict), so that a captured CUDA graph keeps its addresses.
+    """
+    if weight.dtype == dtype:
+        return weight
+    # dynamo cannot trace the weak dictionary, and a compiled graph converts constants itself
+    if weight.requires_grad or weight.is_inference() or torch.compiler.is_compiling():
+        return weight.detach().to(dtype)
+    state = (weight._version, weight.data_ptr())
+    known = _copies.get(weight)
+    if known is not None and known[1].dtype == dtype and known[1].device == weight.device:
+        copy = known[1]
+        if known[0] == state and copy.shape == weight.shape:
+            return copy
+        if copy.shape == weight.shape:
+            copy.copy_(weight.detach())
+            _copies[weight] = (state, copy)
+            return copy
+    copy = weight.detach().to(dtype)
+    # a tensor made while a CUDA graph is captured holds nothing until the graph is replayed
+    if not (weight.is_cuda and torch.cuda.is_current_stream_capturing()):
+        _copies[weight] = (state, copy)
+    return copy
+
+
+_copies: WeakTensorKeyDictionary = WeakTensorKeyDictionary()

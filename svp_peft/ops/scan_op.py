@@ -1,0 +1,282 @@
+"""The selective scan and the convolution as differentiable ops on any backend.
+
+`selective_scan` is the public one, in mamba-ssm's layout. `scan` and `conv_silu` are channels-last
+and take both directions at once; the mixer calls them one by one where a projection is wrapped
+(LoRA, hooks) and the whole-mixer op would bypass it.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from svp_peft.errors import InputError
+from svp_peft.ops.backends import choose, kernels
+from svp_peft.ops.types import ScanNeeds
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = True,
+    reverse: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """One direction of the selective scan, in the layout of mamba-ssm's `selective_scan_fn`.
+
+        delta_t = softplus(delta_t + delta_bias)
+        h_t     = exp(delta_t A) h_{t-1} + delta_t B_t u_t
+        out_t   = (C_t . h_t + D u_t) * SiLU(z_t)
+
+    Args:
+        u, delta, z: float32, bfloat16, float16 or float64, (batch, d_inner, L); z may be None.
+        A: (d_inner, d_state), negative for a state that decays.
+        B, C: (batch, d_state, L).
+        D, delta_bias: (d_inner,) or None.
+        delta_softplus: whether delta passes through softplus (the identity above 20).
+        reverse: scan from the last token to the first; nothing is flipped.
+        backend: see `svp_peft.set_backend`. "auto" takes the process default.
+
+    Returns:
+        (batch, d_inner, L) in u's dtype. State and sums are float32 (float64 for float64 inputs).
+        Differentiable in every tensor.
+
+    Raises:
+        InputError: shapes that do not fit together.
+        BackendError: a backend was named that cannot run on these tensors.
+    """
+    _check(u, delta, A, B, C, D, z, delta_bias)
+    name = choose(None if backend == "auto" else backend, u.device, u.dtype)
+
+    def channels_last(x: Tensor) -> Tensor:
+        return x.to(u.dtype).transpose(1, 2).contiguous()
+
+    out, _ = scan(
+        [channels_last(u)],
+        [channels_last(delta)],
+        [channels_last(B)],
+        [channels_last(C)],
+        None if z is None else channels_last(z),
+        [A],
+        None if D is None else [D],
+        None,
+        None if delta_bias is None else [delta_bias],
+        reverse=(reverse,),
+        softplus=delta_softplus,
+        A_is_log=False,
+        backend=name,
+    )
+    return out.transpose(1, 2)
+
+
+def scan(
+    u: Sequence[Tensor],
+    dt: Sequence[Tensor],
+    B: Sequence[Tensor],
+    C: Sequence[Tensor],
+    z: Tensor | None,
+    A_log: Sequence[Tensor],
+    D: Sequence[Tensor] | None,
+    dt_weight: Sequence[Tensor] | None,
+    dt_bias: Sequence[Tensor] | None,
+    *,
+    reverse: Sequence[bool],
+    softplus: bool = True,
+    scale: float = 1.0,
+    A_is_log: bool = True,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`svp_peft.ops.reference.scan` on a backend: same arguments, same results.
+
+    Raises:
+        BackendError: a backend was named that cannot run on these tensors.
+    """
+    name = choose(backend, u[0].device, u[0].dtype)
+    if name in ("reference", "mamba_ssm"):
+        with torch.autocast(u[0].device.type, enabled=False):
+            return kernels(name).scan(
+                u, dt, B, C, z, A_log, D, dt_weight, dt_bias,
+                reverse=reverse, softplus=softplus, scale=scale, A_is_log=A_is_log,
+            )  # fmt: skip
+    out, y = _scan(
+        list(u), list(dt), list(B), list(C), z, list(A_log), list(D or ()),
+        list(dt_weight or ()), list(dt_bias or ()),
+        list(reverse), softplus, scale, A_is_log, name,
+    )  # fmt: skip
+    return out, y
+
+
+def conv_silu(
+    x: Tensor,
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor] | None,
+    reverse: Sequence[bool],
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, ...]:
+    """`svp_peft.ops.reference.conv_silu` on a backend: same arguments, same results.
+
+    Raises:
+        BackendError: a backend was named that cannot run on these tensors.
+    """
+    name = choose(backend, x.device, x.dtype)
+    if name in ("reference", "mamba_ssm"):
+        with torch.autocast(x.device.type, enabled=False):
+            return kernels(name).conv_silu(x, weight, bias, reverse)
+    return tuple(_conv_silu(x, list(weight), list(bias or ()), list(reverse), name))
+
+
+@torch.library.custom_op("svp_peft::scan", mutates_args=())
+def _scan(
+    u: list[Tensor],
+    dt: list[Tensor],
+    B: list[Tensor],
+    C: list[Tensor],
+    z: Tensor | None,
+    A_log: list[Tensor],
+    D: list[Tensor],
+    dt_weight: list[Tensor],
+    dt_bias: list[Tensor],
+    reverse: list[bool],
+    softplus: bool,
+    scale: float,
+    A_is_log: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return kernels(backend).scan(
+        tuple(u), tuple(dt), tuple(B), tuple(C), z, tuple(A_log), tuple(D) or None,
+        tuple(dt_weight) or None, tuple(dt_bias) or None,
+        reverse=tuple(reverse), softplus=softplus, scale=scale, A_is_log=A_is_log, save_y=True,
+    )  # fmt: skip
+
+
+@_scan.register_fake
+def _(u: list[Tensor], *_: Any) -> tuple[Tensor, Tensor]:
+    return u[0].new_empty(u[0].shape), u[0].new_empty(u[0].shape)
+
+
+def _scan_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *groups, reverse, softplus, scale, A_is_log, backend = inputs
+    ctx.sizes = [0 if g is None else 1 if isinstance(g, Tensor) else len(g) for g in groups]
+    flat = [t for g in groups if g is not None for t in ([g] if isinstance(g, Tensor) else g)]
+    ctx.save_for_backward(*flat, output[1])
+    ctx.settings = (reverse, softplus, scale, A_is_log, backend)
+    # y is handed out for the backward pass alone
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _scan_backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Any, ...]:
+    *tensors, y = ctx.saved_tensors
+    pieces = iter(tensors)
+    u, dt, B, C, z, A_log, D, dt_weight, dt_bias = (
+        tuple(next(pieces) for _ in range(size)) for size in ctx.sizes
+    )
+    reverse, softplus, scale, A_is_log, backend = ctx.settings
+    wanted = [any(n) if isinstance(n, list | tuple) else bool(n) for n in ctx.needs_input_grad[:9]]
+    order = ("u", "dt", "B", "C", "z", "A", "D", "dt_weight", "dt_bias")
+    if grad is None:
+        found: list[Any] = [None] * 9
+    else:
+        found = list(
+            kernels(backend).scan_backward(
+                grad.contiguous(), u, dt, B, C, z[0] if z else None, y, A_log, D or None,
+                dt_weight or None, dt_bias or None,
+                reverse=tuple(reverse), softplus=softplus, scale=scale, A_is_log=A_is_log,
+                need=ScanNeeds(**dict(zip(order, wanted, strict=True))),
+            )
+        )  # fmt: skip
+    originals = (u, dt, B, C, z, A_log, D, dt_weight, dt_bias)
+    gradients: list[Any] = []
+    for index, (gradient, group) in enumerate(zip(found, originals, strict=True)):
+        if index == 4:
+            gradients.append(gradient.to(group[0].dtype) if wanted[4] and group else None)
+        elif gradient is None or not wanted[index]:
+            gradients.append([None] * len(group))
+        else:
+            gradients.append([g.to(t.dtype) for g, t in zip(gradient, group, strict=True)])
+    return (*gradients, None, None, None, None, None)
+
+
+_scan.register_autograd(_scan_backward, setup_context=_scan_setup)
+
+
+@torch.library.custom_op("svp_peft::conv_silu", mutates_args=())
+def _conv_silu(
+    x: Tensor, weight: list[Tensor], bias: list[Tensor], reverse: list[bool], backend: str
+) -> list[Tensor]:
+    return list(kernels(backend).conv_silu(x, tuple(weight), tuple(bias) or None, tuple(reverse)))
+
+
+@_conv_silu.register_fake
+def _(x: Tensor, weight: list[Tensor], *_: Any) -> list[Tensor]:
+    return [x.new_empty(x.shape) for _ in weight]
+
+
+def _conv_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    x, weight, bias, ctx.reverse, ctx.backend = inputs
+    ctx.save_for_backward(x, *weight, *bias)
+    ctx.has_bias = bool(bias)
+
+
+def _conv_backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
+    x, *parameters = ctx.saved_tensors
+    count = len(ctx.reverse)
+    weight, bias = parameters[:count], parameters[count:]
+    need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+    dx, d_weight, d_bias = kernels(ctx.backend).conv_silu_backward(
+        tuple(g.contiguous() for g in grads), x, tuple(weight), tuple(bias) or None,
+        tuple(ctx.reverse),
+        need_x=need_x, need_weight=any(need_weight), need_bias=bool(bias) and any(need_bias),
+    )  # fmt: skip
+
+    def like(found: Sequence[Tensor] | None, group: Sequence[Tensor]) -> list[Tensor | None]:
+        if found is None:
+            return [None] * len(group)
+        return [g.to(t.dtype) for g, t in zip(found, group, strict=True)]
+
+    return dx, like(d_weight, weight), like(d_bias, bias), None, None
+
+
+_conv_silu.register_autograd(_conv_backward, setup_context=_conv_setup)
+
+
+def _check(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+) -> None:
+    if u.dim() != 3 or A.dim() != 2:
+        raise InputError(
+            f"u has shape {tuple(u.shape)} and A {tuple(A.shape)}: selective_scan takes "
+            f"u (batch, d_inner, L) and A (d_inner, d_state)."
+        )
+    batch, d_inner, length = u.shape
+    d_state = A.shape[1]
+    expected = {
+        "delta": (delta, (batch, d_inner, length)),
+        "A": (A, (d_inner, d_state)),
+        "B": (B, (batch, d_state, length)),
+        "C": (C, (batch, d_state, length)),
+        "D": (D, (d_inner,)),
+        "z": (z, (batch, d_inner, length)),
+        "delta_bias": (delta_bias, (d_inner,)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise InputError(
+                f"{name} has shape {tuple(tensor.shape)} and should have {shape}, given "
+                f"u {tuple(u.shape)} and A {tuple(A.shape)}."
+            )
