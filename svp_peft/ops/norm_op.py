@@ -47,7 +47,7 @@ def add_norm(
             return reference.add_norm(
                 hidden, residual, weight, bias, eps=eps, rms=rms, residual_dtype=residual_dtype
             )
-    run = _add_norm_op if torch.compiler.is_compiling() else _AddNorm.apply
+    run: Any = _add_norm_op if torch.compiler.is_compiling() else _AddNorm.apply
     return run(hidden, residual, weight, bias, eps, rms, residual_dtype, name)
 
 
@@ -123,7 +123,7 @@ class _AddNorm(torch.autograd.Function):
             return (None,) * 8
         total, weight = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:4])
-        run = _backward_op if torch.compiler.is_compiling() else _backward
+        run: Any = _backward_op if torch.compiler.is_compiling() else _backward
         found = iter(
             run(
                 grad, grad_total, total, weight, needs,

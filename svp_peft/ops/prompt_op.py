@@ -58,9 +58,8 @@ def svp_prompt(
     tensors = (cross_weight, cross_bias, down_weight, down_bias, up_weight, up_bias, alpha, beta)
     name = choose(backend, x.device, x.dtype)
     dropping = training and dropout > 0
-    both = cross_weight is not None and down_weight is not None
-    fused = both and not dropping and not torch.compiler.is_compiling()
-    if fused and hasattr(kernels(name), "prompt_backward"):
+    fused = hasattr(kernels(name), "prompt_backward") and not torch.compiler.is_compiling()
+    if fused and not dropping and cross_weight is not None and down_weight is not None:
         return _Prompt.apply(x, *tensors, tuple(skip), _product_dtype(x, cross_weight), name)
     drop = _dropout(dropout) if dropping else None
     tokens = x if torch.is_autocast_enabled(x.device.type) else x.to(_parameter_dtype(x, tensors))

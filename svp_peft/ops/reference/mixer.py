@@ -36,7 +36,7 @@ def mixer(hidden: Tensor, weights: MixerWeights, *, scale: float) -> Tensor:
     u = conv_silu(x, weights.conv_weight, weights.conv_bias, weights.conv_reverse)
     dt_rank = weights.dt_weight[0].shape[1]
     d_state = weights.A_log[0].shape[1]
-    sizes = (dt_rank, d_state, d_state)
+    sizes = [dt_rank, d_state, d_state]
     low = [
         torch.split(linear(u_k, w_k, None), sizes, dim=-1)
         for u_k, w_k in zip(u, weights.x_proj_weight, strict=True)

@@ -27,7 +27,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 def scan(
@@ -84,7 +83,7 @@ def scan(
             [x.flip(1) if back else x for x, back in zip(per_direction, reverse, strict=True)]
         )
 
-    states = _Recurrence.apply(
+    states, _ = _recurrence(
         stacked(inputs),
         stacked(deltas),
         torch.stack(decays),
@@ -102,61 +101,91 @@ def scan(
     return out.to(u[0].dtype), y.to(u[0].dtype)
 
 
-class _Recurrence(torch.autograd.Function):
-    """y_t = C_t . h_t, with a backward that recomputes the states instead of storing them all.
+# The recurrence is an op because a compiler would otherwise unroll the loop over the tokens; its
+# backward recomputes the states. Autograd over the plain loop keeps L states of (K, batch, d_inner,
+# d_state): 14 GiB for one training step of Vim-Small at batch 8. Here about sqrt(L) of them are
+# kept, and the states between two of them are computed again when the backward pass gets there.
+@torch.library.custom_op("svp_peft::recurrence", mutates_args=())
+def _recurrence(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+    """y_t = C_t . h_t, and the state before every `_chunk(L)`-th step.
 
-    Autograd over the plain loop keeps L states of (K, batch, d_inner, d_state): 14 GiB for one
-    training step of Vim-Small at batch 8. Here about sqrt(L) of them are kept, and the states
-    between two of them are computed a second time when the backward pass gets there.
+    u, delta (K, batch, L, d_inner), A (K, d_inner, d_state), B, C (K, batch, L, d_state).
     """
+    length = u.shape[2]
+    chunk = _chunk(length)
+    h = u.new_zeros(*u.shape[:2], u.shape[3], A.shape[2])
+    y = torch.empty_like(u)
+    starts = h.new_empty(-(-length // chunk), *h.shape)
+    for t in range(length):
+        if t % chunk == 0:
+            starts[t // chunk] = h
+        h = _step(h, u, delta, A, B, t)
+        y[:, :, t] = torch.einsum("kbdn,kbn->kbd", h, C[:, :, t])
+    return y, starts
 
-    @staticmethod
-    def forward(ctx: Any, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
-        """u, delta (K, batch, L, d_inner), A (K, d_inner, d_state), B, C (K, batch, L, d_state)."""
-        length = u.shape[2]
-        chunk = max(1, math.isqrt(length))
-        h = u.new_zeros(*u.shape[:2], u.shape[3], A.shape[2])
-        y = torch.empty_like(u)
-        starts = []
-        for t in range(length):
-            if t % chunk == 0:
-                starts.append(h)
-            h = _step(h, u, delta, A, B, t)
-            y[:, :, t] = torch.einsum("kbdn,kbn->kbd", h, C[:, :, t])
-        ctx.save_for_backward(u, delta, A, B, C, *starts)
-        ctx.chunk = chunk
-        return y
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, ...]:
-        u, delta, A, B, C, *starts = ctx.saved_tensors
-        length = u.shape[2]
-        du, ddelta = torch.empty_like(u), torch.empty_like(delta)
-        dA, dB, dC = torch.zeros_like(A), torch.empty_like(B), torch.empty_like(C)
-        adjoint = torch.zeros_like(starts[0])  # dLoss/dh_t, from the steps after t
-        for index in range(len(starts) - 1, -1, -1):
-            begin = index * ctx.chunk
-            end = min(begin + ctx.chunk, length)
-            states = [starts[index]]  # states[t - begin] = h_{t-1}
-            for t in range(begin, end):
-                states.append(_step(states[-1], u, delta, A, B, t))
-            for t in range(end - 1, begin - 1, -1):
-                before, h = states[t - begin], states[t - begin + 1]
-                adjoint = adjoint + grad_y[:, :, t, :, None] * C[:, :, t, None]
-                dC[:, :, t] = torch.einsum("kbdn,kbd->kbn", h, grad_y[:, :, t])
-                input_gradient = torch.einsum("kbdn,kbn->kbd", adjoint, B[:, :, t])
-                du[:, :, t] = input_gradient * delta[:, :, t]
-                dB[:, :, t] = torch.einsum("kbdn,kbd->kbn", adjoint, delta[:, :, t] * u[:, :, t])
-                # d exp(delta A) = exp(delta A) (A ddelta + delta dA); `carried` serves both
-                decay = torch.exp(delta[:, :, t, :, None] * A[:, None])
-                carried = adjoint * decay * before
-                ddelta[:, :, t] = input_gradient * u[:, :, t] + torch.einsum(
-                    "kbdn,kdn->kbd", carried, A
-                )
-                dA += torch.einsum("kbdn,kbd->kdn", carried, delta[:, :, t])
-                adjoint = adjoint * decay
-        return du, ddelta, dA, dB, dC
+@torch.library.custom_op("svp_peft::recurrence_backward", mutates_args=())
+def _recurrence_backward(
+    grad_y: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, starts: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of (u, delta, A, B, C)."""
+    length = u.shape[2]
+    chunk = _chunk(length)
+    du, ddelta = torch.empty_like(u), torch.empty_like(delta)
+    dA, dB, dC = torch.zeros_like(A), torch.empty_like(B), torch.empty_like(C)
+    adjoint = torch.zeros_like(starts[0])  # dLoss/dh_t, from the steps after t
+    for index in range(len(starts) - 1, -1, -1):
+        begin = index * chunk
+        end = min(begin + chunk, length)
+        states = [starts[index]]  # states[t - begin] = h_{t-1}
+        for t in range(begin, end):
+            states.append(_step(states[-1], u, delta, A, B, t))
+        for t in range(end - 1, begin - 1, -1):
+            before, h = states[t - begin], states[t - begin + 1]
+            adjoint = adjoint + grad_y[:, :, t, :, None] * C[:, :, t, None]
+            dC[:, :, t] = torch.einsum("kbdn,kbd->kbn", h, grad_y[:, :, t])
+            input_gradient = torch.einsum("kbdn,kbn->kbd", adjoint, B[:, :, t])
+            du[:, :, t] = input_gradient * delta[:, :, t]
+            dB[:, :, t] = torch.einsum("kbdn,kbd->kbn", adjoint, delta[:, :, t] * u[:, :, t])
+            # d exp(delta A) = exp(delta A) (A ddelta + delta dA); `carried` serves both
+            decay = torch.exp(delta[:, :, t, :, None] * A[:, None])
+            carried = adjoint * decay * before
+            ddelta[:, :, t] = input_gradient * u[:, :, t] + torch.einsum(
+                "kbdn,kdn->kbd", carried, A
+            )
+            dA += torch.einsum("kbdn,kbd->kdn", carried, delta[:, :, t])
+            adjoint = adjoint * decay
+    return du, ddelta, dA, dB, dC
+
+
+@_recurrence.register_fake
+def _(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+    length = u.shape[2]
+    starts = u.new_empty(-(-length // _chunk(length)), *u.shape[:2], u.shape[3], A.shape[2])
+    return torch.empty_like(u), starts
+
+
+@_recurrence_backward.register_fake
+def _(grad_y: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(x) for x in inputs[:5])
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, grad_y: Tensor, _: Tensor) -> tuple[Tensor, ...]:
+    return _recurrence_backward(grad_y, *ctx.saved_tensors)
+
+
+_recurrence.register_autograd(_differentiate, setup_context=_save)
+
+
+def _chunk(length: int) -> int:
+    """Steps between two kept states: a square root balances those kept and those recomputed."""
+    return max(1, math.isqrt(length))
 
 
 def _step(h: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, t: int) -> Tensor:
