@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from svp_peft.config import SVPConfig
-from svp_peft.errors import ConfigError
+from svp_peft.errors import ConfigError, InputError
 from svp_peft.ops import svp_prompt, svp_prompt_released
 
 _SIMAM_LAMBDA = 1e-3
@@ -169,11 +169,13 @@ class SVPAdapter(nn.Module):
         """Tokens entering block `block_index`, float (batch, L, d_model) -> prompted tokens.
 
         Args:
-            skip: positions of the class tokens, sorted, each in 0..L-1. `cross_source="released"`
-                takes exactly one, with as many tokens before as after it.
+            skip: positions of the class tokens, sorted, each in 0..L-1.
 
         Returns:
             Same shape and dtype as `x`, which is not modified.
+
+        Raises:
+            InputError: `cross_source="released"` and the class token is not right in the middle.
         """
         if block_index not in self.layers:
             return x
@@ -189,6 +191,13 @@ class SVPAdapter(nn.Module):
             beta,
         )
         if self.released:
+            if len(skip) != 1 or x.shape[1] != 2 * skip[0] + 1:
+                raise InputError(
+                    f"cross_source='released' needs as many tokens before the class token as after "
+                    f"it, but there are {x.shape[1]} tokens with class tokens at {tuple(skip)}: "
+                    "the authors' code fails on them too. Use an image size with an even number "
+                    "of patches, or cross_source='token'."
+                )
             return svp_prompt_released(
                 x,
                 *weights,  # type: ignore[arg-type]  # "released" always has both prompters
