@@ -33,6 +33,10 @@ class AdapterNameError(SVPError, ValueError):
     """An adapter name is malformed, reserved, taken, or unknown to the model."""
 
 
+class MergeError(SVPError, NotImplementedError):
+    """SVP prompts depend on the input and cannot be merged into weights."""
+
+
 class AdapterNotFoundError(SVPError, FileNotFoundError):
     """There is no adapter at the given folder or Hub repository."""
 
@@ -51,6 +55,10 @@ class AdapterKeyError(AdapterWeightsError):
 
 class AdapterShapeError(AdapterWeightsError):
     """A tensor of the adapter file has another shape than the model's."""
+
+
+class AdapterSaveError(SVPError, OSError):
+    """An adapter could not be written; what stood in its place before is still there."""
 
 
 class BaseModelMismatchError(SVPError, ValueError):

@@ -13,10 +13,10 @@ Nothing of the base model is renamed, wrapped or replaced. What `apply_svp` chan
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from svp_peft.backbones import BackboneSpec, find_backbone
 from svp_peft.config import BASE_ADAPTER, SVPConfig, check_adapter_name
@@ -32,7 +32,9 @@ from svp_peft.prompters import SVPAdapter
 from svp_peft.state import (
     SVPState,
     add_parts,
+    copy_tensors,
     module_path,
+    patched_model,
     roles_of,
     set_module,
     svp_of,
@@ -87,8 +89,9 @@ def remove_svp(model: nn.Module) -> nn.Module:
         NotAppliedError: the model carries no SVP.
         BackboneNotSupportedError: the model is compiled; its graphs hold the prompts.
     """
+    outer, model = model, patched_model(model)
     svp = svp_of(model)
-    _refuse_compiled(model, "remove_svp")
+    _refuse_compiled(outer, "remove_svp")
     # graphs or threads that still hold the state must not prompt any more
     svp.disabled += 1
     svp.routing = None
@@ -96,7 +99,7 @@ def remove_svp(model: nn.Module) -> nn.Module:
     for role, original in svp.originals.items():
         path = module_path(svp.spec, role)
         if original is not model.get_submodule(path) and _is_parked(svp, original):
-            _copy_into(original, model.get_submodule(path))
+            copy_tensors(original, model.get_submodule(path))
             set_module(model, path, original)
     for module in model.modules():
         remove_hooks(module, svp)
@@ -104,7 +107,7 @@ def remove_svp(model: nn.Module) -> nn.Module:
     for path, parameter in model.named_parameters():
         if path in svp.requires_grad_before:
             parameter.requires_grad_(svp.requires_grad_before[path])
-    return model
+    return outer
 
 
 def check_patchable(model: nn.Module, backbone: BackboneSpec | None = None) -> BackboneSpec:
@@ -156,8 +159,14 @@ def check_patchable(model: nn.Module, backbone: BackboneSpec | None = None) -> B
     return spec
 
 
-def build_adapter(model: nn.Module, spec: BackboneSpec, config: SVPConfig) -> SVPAdapter:
-    """A fresh adapter for `model`, on its device and of the right precision; not yet attached."""
+def build_adapter(
+    model: nn.Module, spec: BackboneSpec, config: SVPConfig, *, empty: bool = False
+) -> SVPAdapter:
+    """An adapter for `model`, on its device and of the right precision; not yet attached.
+
+    Args:
+        empty: leave the values undefined, and the random number generator untouched.
+    """
     if not isinstance(config, SVPConfig):
         raise ConfigError(
             f"config is a {type(config).__name__}, not an SVPConfig: only that checks its values. "
@@ -175,8 +184,10 @@ def build_adapter(model: nn.Module, spec: BackboneSpec, config: SVPConfig) -> SV
         check_role(model, spec, role)
     weight = next(p for p in model.get_submodule(spec.blocks[0]).parameters())
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    with torch.device(weight.device):
+    with torch.device("meta" if empty else weight.device):
         adapter = SVPAdapter(spec.widths, spec.depth, config)
+    if empty:
+        adapter.to_empty(device=weight.device)
     return adapter.to(dtype=dtype).train(model.training)
 
 
@@ -196,7 +207,7 @@ def attach(
     svp = SVPState(spec, {path: p.requires_grad for path, p in model.named_parameters()})
     bases = {
         role: copy.deepcopy(model.get_submodule(module_path(spec, role)))
-        for role in roles_of(svp, adapter.config)
+        for role in roles_of(spec, adapter.config)
         if role not in modules
     }
     model.requires_grad_(False)
@@ -240,6 +251,7 @@ def check_role(model: nn.Module, spec: BackboneSpec, role: str) -> None:
 
 def _refuse_compiled(model: nn.Module, action: str) -> None:
     for path, module in model.named_modules():
+        # OptimizedModule of torch.compile, and the graph that nn.Module.compile leaves
         if "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None):
             raise BackboneNotSupportedError(
                 f"the {f'module {path!r}' if path else 'model'} is compiled, and compiled graphs "
@@ -250,15 +262,3 @@ def _refuse_compiled(model: nn.Module, action: str) -> None:
 
 def _is_parked(svp: SVPState, module: nn.Module) -> bool:
     return any(m is module for m in svp.parked.modules())
-
-
-def _copy_into(target: nn.Module, source: nn.Module) -> None:
-    with torch.no_grad():
-        for new, old in zip(_tensors(target), _tensors(source), strict=True):
-            new.copy_(old)
-            new.grad = None
-
-
-def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    yield from module.parameters()
-    yield from module.buffers()

@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from svp_peft.backbones import BackboneSpec
 from svp_peft.config import BASE_ADAPTER, SVPConfig
-from svp_peft.errors import NotAppliedError
+from svp_peft.errors import AdapterNameError, NotAppliedError
 from svp_peft.prompters import NamedModules, SVPAdapter, simam
 
 
@@ -73,6 +74,15 @@ class SVPState(nn.Module):
         """The adapter `name`, which must exist."""
         return self.adapters[name]  # type: ignore[return-value]
 
+    def require(self, name: str) -> SVPAdapter:
+        """The adapter `name`; raises `AdapterNameError` where there is none."""
+        if name not in self.adapters:
+            raise AdapterNameError(
+                f"there is no adapter {name!r} in this model: its adapters are "
+                f"{self.adapters.names()}. Use one of these, or add_adapter(model, {name!r}) first."
+            )
+        return self.adapter_named(name)
+
     def parked_of(self, name: str) -> NamedModules:
         """Modules of adapter `name` that are not in use, by role."""
         return self.parked[name]  # type: ignore[return-value]
@@ -123,13 +133,32 @@ def svp_of(model: nn.Module) -> SVPState:
     Raises:
         NotAppliedError: the model carries none.
     """
-    svp = getattr(model, "svp", None)
-    if not isinstance(svp, SVPState):
-        raise NotAppliedError(
-            f"{type(model).__name__} carries no SVP adapter: it was never patched, or remove_svp "
-            "was called. Call apply_svp(model, SVPConfig()) or load_adapter(model, path) first."
-        )
+    svp = getattr(patched_model(model), "svp", None)
+    assert isinstance(svp, SVPState)
     return svp
+
+
+def patched_model(model: nn.Module) -> nn.Module:
+    """The module that `apply_svp` patched: `model`, or the one inside it or its wrappers.
+
+    Raises:
+        NotAppliedError: there is none, or there are several.
+    """
+    if isinstance(model, nn.Module) and isinstance(model._modules.get("svp"), SVPState):
+        return model
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    found = [m for m in modules if isinstance(m._modules.get("svp"), SVPState)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise NotAppliedError(
+            f"{type(model).__name__} holds {len(found)} models with SVP adapters: it is not clear "
+            "which one is meant. Pass that model itself."
+        )
+    raise NotAppliedError(
+        f"{type(model).__name__} carries no SVP adapter: it was never patched, or remove_svp "
+        "was called. Call apply_svp(model, SVPConfig()) or load_adapter(model, path) first."
+    )
 
 
 def add_parts(
@@ -149,7 +178,7 @@ def add_parts(
     base, own = svp.parked_of(BASE_ADAPTER), NamedModules()
     svp.parked[name] = own
     svp.adapters[name] = adapter
-    for role in roles_of(svp, adapter.config):
+    for role in roles_of(svp.spec, adapter.config):
         if role not in svp.in_use:
             svp.originals[role] = model.get_submodule(module_path(svp.spec, role))
             svp.in_use[role] = BASE_ADAPTER
@@ -175,9 +204,9 @@ def use_modules_of(model: nn.Module, name: str) -> None:
         svp.in_use[role] = owner
 
 
-def roles_of(svp: SVPState, config: SVPConfig) -> tuple[str, ...]:
+def roles_of(spec: BackboneSpec, config: SVPConfig) -> tuple[str, ...]:
     """The entries of `modules_to_save` that exist in the model: a dense backbone has no head."""
-    return tuple(r for r in config.modules_to_save if r != "head" or svp.spec.head is not None)
+    return tuple(r for r in config.modules_to_save if r != "head" or spec.head is not None)
 
 
 def module_path(spec: BackboneSpec, role: str) -> str:
@@ -189,3 +218,15 @@ def set_module(model: nn.Module, path: str, module: nn.Module) -> None:
     """Put `module` at a dotted path of `model`, keeping the order of its neighbours."""
     parent, _, name = path.rpartition(".")
     model.get_submodule(parent)._modules[name] = module
+
+
+def copy_tensors(target: nn.Module, source: nn.Module) -> None:
+    """Copy all parameters and buffers of `source` into `target`, and drop `target`'s gradients."""
+    pairs = [
+        *zip(target.parameters(), source.parameters(), strict=True),
+        *zip(target.buffers(), source.buffers(), strict=True),
+    ]
+    with torch.no_grad():
+        for new, old in pairs:
+            new.copy_(old)
+            new.grad = None

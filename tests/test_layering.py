@@ -6,8 +6,9 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "svp_peft"
 # a module imports only from those before it
 ORDER = (
-    "errors config ops download vim prompters backbones state hooks patch adapters routing base_model adapter_config "
-    "adapter_format adapter_file hub convert visualize integrations cli __init__"
+    "errors config ops download vim prompters backbones state hooks heads patch "
+    "adapter_tensors adapters routing base_model adapter_config adapter_format "
+    "adapter_file hub convert visualize integrations cli __init__"
 ).split()
 
 
