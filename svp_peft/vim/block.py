@@ -15,6 +15,8 @@ class RMSNorm(nn.Module):
     Parameters as in mamba-ssm's RMSNorm: `weight` (d_model,), and `bias` which is None.
     """
 
+    bias: None
+
     def __init__(
         self,
         d_model: int,
@@ -59,6 +61,11 @@ def drop_path(rate: float) -> nn.Module:
     return DropPath(rate) if rate > 0.0 else nn.Identity()
 
 
+def drop_rates(last: float, depth: int) -> list[float]:
+    """Rate of each block: the first two drop nothing, then a line that ends one short of `last`."""
+    return [0.0, *torch.linspace(0.0, last, depth, device="cpu").tolist()][:depth]
+
+
 def add_norm(
     hidden: Tensor,
     residual: Tensor | None,
@@ -77,7 +84,8 @@ def add_norm(
         The normalised sum and the residual. `residual_in_fp32` keeps the latter in float32
         (float64 stays as it is).
     """
-    if fused and (is_bare(norm, RMSNorm) or is_bare(norm, nn.LayerNorm)):
+    bare = is_bare(norm, RMSNorm) or is_bare(norm, nn.LayerNorm)
+    if fused and bare and isinstance(norm, RMSNorm | nn.LayerNorm):
         residual_dtype = hidden.dtype if residual is None else residual.dtype
         if residual is None and residual_in_fp32:
             residual_dtype = torch.promote_types(hidden.dtype, torch.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,6 +12,13 @@ from svp_peft.vim.mixer import VimMixer
 
 _TRUNCATED_STD = 0.87962566103423978
 """Standard deviation of a standard normal cut at two standard deviations."""
+
+
+def new_embedding(shape: tuple[int, ...], factory: dict[str, Any]) -> nn.Parameter:
+    """A class token or position table: truncated normal, std 0.02."""
+    parameter = nn.Parameter(torch.empty(shape, **factory))
+    nn.init.trunc_normal_(parameter, std=0.02)
+    return parameter
 
 
 def init_head(head: nn.Module) -> None:

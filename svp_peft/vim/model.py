@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from svp_peft.errors import InputError
-from svp_peft.vim.block import Block, RMSNorm, add_norm, drop_path
-from svp_peft.vim.embedding import PatchEmbed, RotaryEmbedding, pair
-from svp_peft.vim.init import init_head, init_patches, init_stack
+from svp_peft.vim.block import Block, RMSNorm, add_norm, drop_path, drop_rates
+from svp_peft.vim.embedding import PatchEmbed, RotaryEmbedding
+from svp_peft.vim.init import init_head, init_patches, init_stack, new_embedding
 from svp_peft.vim.mixer import VimMixer
 
 POOL_TYPES = ("none", "mean", "max", "all")
@@ -146,10 +146,10 @@ class VisionMamba(nn.Module):
         self.img_size = self.patch_embed.img_size
         if if_cls_token:
             for name in self._cls_names():
-                self.register_parameter(name, _embedding((1, 1, embed_dim), factory))
+                self.register_parameter(name, new_embedding((1, 1, embed_dim), factory))
         if if_abs_pos_embed:
             positions = self.patch_embed.num_patches + self.num_tokens
-            self.pos_embed = _embedding((1, positions, embed_dim), factory)
+            self.pos_embed = new_embedding((1, positions, embed_dim), factory)
             self.pos_drop = nn.Dropout(drop_rate)
         if if_rope:
             grid = self._rotary_grid()
@@ -176,7 +176,7 @@ class VisionMamba(nn.Module):
                 residual_in_fp32=residual_in_fp32,
                 drop_path_rate=rate,
             )
-            for index, rate in enumerate(_drop_rates(drop_path_rate, depth))
+            for index, rate in enumerate(drop_rates(drop_path_rate, depth))
         )
         self.drop_path = drop_path(drop_path_rate)
         self.norm_f = new_norm()
@@ -389,17 +389,3 @@ def _one_spelling(divide: bool | None, devide: bool | None) -> bool:
         )
     given = devide if divide is None else divide
     return True if given is None else bool(given)
-
-
-def _drop_rates(last: float, depth: int) -> list[float]:
-    """Rate of each block: the first two drop nothing, then a line that ends one short of `last`."""
-    return [0.0, *torch.linspace(0.0, last, depth, device="cpu").tolist()][:depth]
-
-
-def _embedding(shape: tuple[int, ...], factory: dict[str, Any]) -> nn.Parameter:
-    parameter = nn.Parameter(torch.empty(shape, **factory))
-    nn.init.trunc_normal_(parameter, std=0.02)
-    return parameter
-
-
-__all__ = ["POOL_TYPES", "VisionMamba", "pair"]
