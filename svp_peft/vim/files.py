@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import json
 import os
-import tempfile
+import uuid
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -72,15 +72,12 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     if checkpoint.entry_name is not None:
         metadata[ENTRY_NAME_KEY] = checkpoint.entry_name
     data = save(tensors, metadata)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
+        temporary.write_bytes(data)
         os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _refuse_pointer(path: Path) -> None:
