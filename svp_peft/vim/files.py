@@ -126,6 +126,24 @@ def _read_safetensors(path: Path) -> Checkpoint:
 
 
 def _read_pickle(path: Path) -> Checkpoint:
+    loaded = load_pickle(path)
+    args = loaded.get("args")
+    name = getattr(args, "model", None)
+    config = loaded.get("cfg", loaded.get("config"))
+    return _checkpoint(
+        loaded,
+        config if isinstance(config, Mapping) else {},
+        name if isinstance(name, str) else None,
+        str(path),
+    )
+
+
+def load_pickle(path: Path) -> Mapping[Any, Any]:
+    """The mapping in a pickle of tensors, plain containers and `argparse.Namespace`.
+
+    Raises:
+        CheckpointError: the file holds anything else, and so is not run; or it is damaged.
+    """
     # an archive's tensors are mapped, so that an optimiser saved beside the model costs nothing
     options: dict[str, Any] = {"mmap": True} if zipfile.is_zipfile(path) else {}
     try:
@@ -143,15 +161,7 @@ def _read_pickle(path: Path) -> Checkpoint:
             f"{path} holds a {type(loaded).__name__} where a state_dict was expected. Save "
             f"model.state_dict(), alone or under the key 'model'."
         )
-    args = loaded.get("args")
-    name = getattr(args, "model", None)
-    config = loaded.get("cfg", loaded.get("config"))
-    return _checkpoint(
-        loaded,
-        config if isinstance(config, Mapping) else {},
-        name if isinstance(name, str) else None,
-        str(path),
-    )
+    return loaded
 
 
 @contextlib.contextmanager
