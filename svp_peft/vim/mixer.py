@@ -72,6 +72,7 @@ class VimMixer(nn.Module):
         bimamba_type: str = "none",
         if_divide_out: bool = False,
         init_layer_scale: float | None = None,
+        if_devide_out: bool | None = None,
     ) -> None:
         """
         Args:
@@ -82,7 +83,8 @@ class VimMixer(nn.Module):
             use_fast_path: accepted for the fork's sake; the result does not depend on it.
             layer_idx: position of the block in the stack.
             bimamba_type: "none", "v1" or "v2".
-            if_divide_out: halve the sum of the two directions of "v2".
+            if_divide_out: halve the sum of the two directions of "v2". Older forks spell it
+                if_devide_out.
             init_layer_scale: if given, the output is multiplied by a learned `gamma` (d_model,)
                 that starts at this value.
 
@@ -105,7 +107,7 @@ class VimMixer(nn.Module):
         self.use_fast_path = use_fast_path
         self.layer_idx = layer_idx
         self.bimamba_type = bimamba_type
-        self.if_divide_out = if_divide_out
+        self.if_divide_out = if_divide_out if if_devide_out is None else if_devide_out
         self.init_layer_scale = init_layer_scale
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         # A and D accumulate over all tokens: never below single precision
