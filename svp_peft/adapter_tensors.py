@@ -99,7 +99,7 @@ def prepare_adapter(
             k.removeprefix(f"{role}."): t for k, t in tensors.items() if k.startswith(f"{role}.")
         }
         if role == "head":
-            modules[role] = head_from_tensors(base, own, spec.widths[-1])
+            modules[role] = head_from_tensors(base, own)
         else:
             modules[role] = copy.deepcopy(base)
         like = next(base.parameters(), next(adapter.parameters()))
