@@ -24,6 +24,7 @@ struct Args {
   float *dA, *dD, *dbias;  // [image][direction][channel]([state])
   int dz_row;
 };
+static_assert(sizeof(Args) == ARGS_BYTES, "the launcher packs exactly these fields");
 
 constexpr int GROUP = D_STATE < 16 ? D_STATE : 16;  // states of a warp
 constexpr int WARPS = D_STATE / GROUP;

@@ -13,6 +13,7 @@ struct Args {
   ScanInputs in;
   ACT *out, *y;
 };
+static_assert(sizeof(Args) == ARGS_BYTES, "the launcher packs exactly these fields");
 
 struct alignas(16) Stage {
   ACT u[TILE_ELEMENTS];

@@ -14,6 +14,7 @@ struct Args {
   ScanInputs in;
   ACT *out, *y;
 };
+static_assert(sizeof(Args) == ARGS_BYTES, "the launcher packs exactly these fields");
 
 constexpr int OWN = 8;                        // channels of a block
 constexpr int LANE_STATES = D_STATE / 4;

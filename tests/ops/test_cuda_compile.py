@@ -1,0 +1,178 @@
+"""The CUDA sources compile for every architecture that they claim, on a machine without a GPU.
+
+The launchers run on CPU tensors with a recorder in the place of the kernel class, so what is
+compiled here is exactly what they ask for, and the size of every argument struct is checked too.
+"""
+
+import importlib
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import pytest
+import torch
+
+from svp_peft.ops import cuda
+from svp_peft.ops.cuda import kernels
+from svp_peft.ops.cuda.nvrtc import Nvrtc, find_nvrtc
+from svp_peft.ops.types import ScanNeeds
+from tests.ops.cuda_cases import EVERY_GRADIENT, scan_case
+
+ARCHITECTURES = ("sm_80", "sm_90")
+# by import_module: the package's attributes of these names are the functions
+_MODULES = [
+    importlib.import_module(f"svp_peft.ops.cuda.{name}")
+    for name in ("conv", "norm", "prompt", "scan", "scan_backward")
+]
+
+
+@pytest.fixture
+def nvrtc() -> Nvrtc:
+    found = find_nvrtc()
+    if isinstance(found, str):
+        pytest.skip(found)
+    return found
+
+
+class _Recorder:
+    """Stands for `Kernel`: notes what it is asked to build and how it is called."""
+
+    asked: ClassVar[list[tuple[Any, ...]]] = []
+
+    def __init__(
+        self, source: str, entry: str, macros: Any, layout: str, device: int, **launch: int
+    ) -> None:
+        self.device = device
+        self._format = kernels.struct.Struct(layout)
+        self.asked.append((source, entry, tuple(sorted(macros.items())), layout, launch))
+
+    def __call__(self, grid: tuple[int, int, int], *values: float) -> None:
+        self._format.pack(*values)
+        assert all(side > 0 for side in grid)
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, ...]]]:
+    caches = [
+        value for m in _MODULES for value in vars(m).values() if hasattr(value, "cache_clear")
+    ]
+    for module in _MODULES:
+        monkeypatch.setattr(module, "Kernel", _Recorder)
+        for name, value in (
+            ("device_index", lambda _: 0),
+            ("multiprocessors", lambda _: 132),
+            ("shared_memory_limit", lambda _: 227 * 1024),
+        ):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, value)
+    for cached in caches:
+        cached.cache_clear()
+    monkeypatch.setattr(_Recorder, "asked", [])
+    yield _Recorder.asked
+    for cached in caches:
+        cached.cache_clear()
+
+
+def _compile_all(nvrtc: Nvrtc, asked: list[tuple[Any, ...]]) -> None:
+    distinct = {(source, macros, layout) for source, _, macros, layout, _ in asked}
+    headers = {name: kernels._text(name) for name in kernels._HEADERS}
+    for source, macros, layout in sorted(distinct, key=str):
+        sizes = {"ARGS_BYTES": kernels.struct.calcsize(layout)}
+        for target in ARCHITECTURES:
+            options = kernels.options_of(dict(macros) | sizes, target)
+            image = nvrtc.compile(kernels._text(source + ".cu"), source, headers, options)
+            assert image[:4] == b"\x7fELF", f"{source} for {target} is no machine code"
+
+
+_SCANS = {
+    "Vim-Small in bfloat16": {"channels": 768, "rank": 24, "length": 197, "dtype": torch.bfloat16},
+    "Vim-Tiny in float16": {"channels": 384, "rank": 12, "length": 197, "dtype": torch.float16},
+    "float32": {"channels": 64, "rank": 4},
+    "odd sizes, 64 states": {
+        "channels": 33,
+        "rank": 3,
+        "d_state": 64,
+        "dtype": torch.bfloat16,
+        "directions": 1,
+        "backwards": True,
+    },
+    "8 states, nothing optional": {
+        "channels": 5,
+        "d_state": 8,
+        "gate": False,
+        "skip": False,
+        "bias": False,
+        "softplus": False,
+        "a_is_log": False,
+        "low_rank": False,
+        "parameter_dtype": torch.bfloat16,
+    },
+}
+
+
+@pytest.mark.parametrize("name", _SCANS)
+def test_the_scan_compiles(
+    name: str, nvrtc: Nvrtc, recorded: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = scan_case(**_SCANS[name])
+    u, *_ = case.arguments
+    frozen = ScanNeeds()
+    cuda.scan(*case.arguments, **case.options, save_y=True)
+    monkeypatch.setattr(_MODULES[3], "_chunked", lambda *_: None)
+    _, y = cuda.scan(*case.arguments, **case.options, save_y=True)
+    for need in (frozen, EVERY_GRADIENT):
+        first, rest = case.arguments[:5], case.arguments[5:]
+        cuda.scan_backward(case.grad_out, *first, y, *rest, **case.options, need=need)
+    sources = {source for source, *_ in recorded}
+    fast = u[0].dtype != torch.float32 and u[0].shape[2] % 32 == 0
+    assert ("scan_backward_fast" if fast else "scan_backward") in sources
+    assert "scan_forward" in sources
+    _compile_all(nvrtc, recorded)
+
+
+def test_the_convolution_compiles(nvrtc: Nvrtc, recorded: list[tuple[Any, ...]]) -> None:
+    for dtype, channels, reverse in (
+        (torch.bfloat16, 64, (False, True)),
+        (torch.float32, 5, (True,)),
+    ):
+        x = torch.randn(2, 7, 2 * channels, dtype=dtype)[..., :channels]
+        weight = tuple(torch.randn(channels, 4) for _ in reverse)
+        bias = tuple(torch.randn(channels) for _ in reverse)
+        out = cuda.conv_silu(x, weight, bias, reverse)
+        for weights in (False, True):
+            cuda.conv_silu_backward(
+                out, x, weight, bias, reverse, need_x=True, need_weight=weights, need_bias=weights
+            )
+    _compile_all(nvrtc, recorded)
+
+
+def test_the_norms_and_prompts_compile(nvrtc: Nvrtc, recorded: list[tuple[Any, ...]]) -> None:
+    for dtype, width, rms in ((torch.bfloat16, 384, True), (torch.float32, 13, False)):
+        x, weight = torch.randn(2, 7, width, dtype=dtype), torch.randn(width)
+        residual = torch.randn(2, 7, width)
+        bias = None if rms else weight
+        y, total = cuda.add_norm(
+            x, residual, weight, bias, eps=1e-5, rms=rms, residual_dtype=torch.float32
+        )
+        cuda.add_norm_backward(
+            y, total, total, weight, eps=1e-5, rms=rms, need_weight=True, need_bias=not rms,
+            hidden_dtype=dtype, residual_in_dtype=torch.float32,
+        )  # fmt: skip
+        cuda.prompt(x, x, x, weight, weight, (3,))
+        cuda.prompt_backward(x, x, x, weight, weight, ())
+    _compile_all(nvrtc, recorded)
+
+
+def test_every_source_is_compiled_by_these_tests() -> None:
+    covered = {
+        "scan_forward", "scan_forward_chunked", "scan_backward", "scan_backward_fast", "reduce",
+        "conv", "norm", "prompt",
+    }  # fmt: skip
+    assert set(kernels.sources()) == covered
+
+
+def test_a_wrong_argument_layout_is_a_compile_error(nvrtc: Nvrtc) -> None:
+    macros = {"ACT": "float", "D_STATE": 16, "DIRECTIONS": 2, "NEED_B": 1, "NEED_C": 1}
+    headers = {name: kernels._text(name) for name in kernels._HEADERS}
+    options = kernels.options_of(macros | {"ARGS_BYTES": 8}, "sm_80")
+    with pytest.raises(Exception, match="the launcher packs exactly these fields"):
+        nvrtc.compile(kernels._text("reduce.cu"), "reduce", headers, options)
