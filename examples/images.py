@@ -1,0 +1,225 @@
+"""From files to batches: reading any image as RGB, transforms, and loaders that keep a GPU busy.
+
+Three things cost time: decoding a file, augmenting it, and moving it. So
+
+* a deterministic pipeline (evaluation, and VTAB's training) is decoded once and then lives on the
+  device as uint8, if it fits: batches are an indexing operation;
+* an augmented one is decoded once into memory, if it fits, and workers only augment;
+* batches travel as uint8 and are normalised on the device.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from PIL import Image, UnidentifiedImageError
+from splits import DataError, Split
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+Transform = Callable[[Image.Image], Tensor]
+# the part of the free memory that decoded images may take
+MEMORY_SHARE = 0.4
+
+
+def read_image(path: Path) -> Image.Image:
+    """The file as an RGB image, whatever it holds: grayscale, palette, CMYK, alpha or 16 bits.
+
+    Raises:
+        DataError: the file is truncated or not an image.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            if image.mode.startswith("I"):
+                # Pillow cuts 16-bit values at 255 instead of scaling them
+                values = np.asarray(image).astype(np.float64)
+                return Image.fromarray((values / 257).round().astype(np.uint8)).convert("RGB")
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, UnidentifiedImageError) as error:
+        raise DataError(
+            f"{path}: not a readable image ({error}). Unpack the archive again; the file is "
+            "probably truncated."
+        ) from error
+
+
+def build_transform(kind: str, size: int, *, training: bool) -> Transform:
+    """The pipeline from an RGB image to a uint8 tensor (3, size, size).
+
+    "reference" is the released one for training (random crop, flip, RandAugment; the random
+    erasing follows on the device) and, for evaluation, resize to size / 0.875 and centre crop.
+    "resize" is SSF's and MambaPEFT's for VTAB: the whole image to size x size, nothing random.
+    """
+    if kind == "resize":
+        return create_transform(
+            size, interpolation="bicubic", crop_pct=1.0, crop_mode="squash", use_prefetcher=True
+        )
+    if not training:
+        return create_transform(size, interpolation="bicubic", crop_pct=0.875, use_prefetcher=True)
+    return create_transform(
+        size,
+        is_training=True,
+        color_jitter=0.3,
+        auto_augment="rand-m9-mstd0.5-inc1",
+        interpolation="bicubic",
+        use_prefetcher=True,
+    )
+
+
+class Transformed(Dataset):
+    """(uint8 tensor (3, size, size), label) per image of a split, read when asked for."""
+
+    def __init__(self, split: Split, transform: Transform) -> None:
+        self.split = split
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.transform(open_image(self.split.images[index])), self.split.labels[index]
+
+
+class Resident(Dataset):
+    """A split that lives on a device: uint8 (n, 3, size, size) and int64 (n,)."""
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.images = images
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        chosen = torch.tensor(indices, device=self.labels.device)
+        return self.images[chosen], self.labels[chosen]
+
+
+def open_image(image: Path | np.ndarray) -> Image.Image:
+    return Image.fromarray(image) if isinstance(image, np.ndarray) else read_image(image)
+
+
+def decoded(split: Split, free_bytes: int) -> Split:
+    """The split with its files decoded into memory, or as it is if they would not fit.
+
+    Workers share the arrays with the process that forked them.
+    """
+    if not len(split) or isinstance(split.images[0], np.ndarray):
+        return split
+    sample = [read_image(split.images[i]).size for i in range(0, len(split), len(split) // 20 + 1)]
+    estimate = 3 * len(split) * sum(w * h for w, h in sample) // len(sample)
+    if estimate > MEMORY_SHARE * free_bytes:
+        return split
+    arrays = _in_threads(lambda path: np.asarray(read_image(path)), split.images)
+    return Split(arrays, split.labels, split.names)
+
+
+def resident(
+    split: Split, transform: Transform, size: int, device: torch.device
+) -> Resident | None:
+    """The transformed split on the device, or None if it would not fit."""
+    if 3 * size * size * len(split) > MEMORY_SHARE * free_memory(device):
+        return None
+    images = torch.stack(_in_threads(lambda image: transform(open_image(image)), split.images))
+    return Resident(images.to(device), torch.tensor(split.labels, device=device))
+
+
+def build_data(
+    split: Split, kind: str, size: int, device: torch.device, *, training: bool
+) -> Transformed | Resident:
+    """The split on the device where nothing is random and it fits, else read by workers."""
+    transform = build_transform(kind, size, training=training)
+    if kind == "resize" or not training:
+        data = resident(split, transform, size, device)
+        if data is not None:
+            return data
+    return Transformed(decoded(split, free_memory(torch.device("cpu"))), transform)
+
+
+def free_memory(device: torch.device) -> int:
+    """Free bytes of the device's memory."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
+def _in_threads(function: Callable, items: Sequence) -> list:
+    # Pillow decodes and resizes outside of the interpreter lock
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(function, items))
+
+
+class Order(Sampler[int]):
+    """The images of one epoch that this process sees, in an order that (seed, epoch) fixes.
+
+    Every process takes each world-th image of the same permutation. Loaders are not given to
+    `Accelerator.prepare`: with Hugging Face's `datasets` installed it imports a module of that
+    name, and would find examples/datasets.py.
+    """
+
+    def __init__(self, length: int, seed: int | None, rank: int = 0, world: int = 1) -> None:
+        self.length, self.seed, self.rank, self.world = length, seed, rank, world
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(range(self.rank, self.length, self.world))
+
+    def __iter__(self) -> Iterator[int]:
+        order = torch.arange(self.length)
+        if self.seed is not None:
+            generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
+            order = torch.randperm(self.length, generator=generator)
+        return iter(order[self.rank :: self.world].tolist())
+
+
+def build_loader(
+    data: Dataset, order: Order, batch_size: int, workers: int, *, drop_last: bool
+) -> DataLoader:
+    """Batches of (uint8 (batch, 3, size, size), int64 (batch,)).
+
+    Workers are started anew every epoch, with seeds drawn from the epoch's own: a resumed run
+    then augments as the uninterrupted one did.
+    """
+    on_device = isinstance(data, Resident)
+    return DataLoader(
+        data,
+        batch_size,
+        sampler=order,
+        drop_last=drop_last,
+        num_workers=0 if on_device else workers,
+        collate_fn=_as_is if on_device else _stack,
+        pin_memory=torch.cuda.is_available() and not on_device,
+    )
+
+
+def _as_is(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return batch
+
+
+def _stack(batch: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
+    images, labels = zip(*batch, strict=True)
+    return torch.stack(images), torch.tensor(labels)
+
+
+class Normalise:
+    """uint8 batches to normalised float on the device, with random erasing in training."""
+
+    def __init__(self, device: torch.device, erase: float = 0.0) -> None:
+        mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+        self.mean = torch.tensor(mean, device=device).view(3, 1, 1) * 255
+        self.std = torch.tensor(std, device=device).view(3, 1, 1) * 255
+        self.device = device
+        self.erase = RandomErasing(erase, mode="pixel", device=device.type) if erase else None
+
+    def __call__(self, images: Tensor) -> Tensor:
+        images = images.to(self.device, non_blocking=True).float()
+        images = images.sub_(self.mean).div_(self.std)
+        return self.erase(images) if self.erase else images
