@@ -17,6 +17,7 @@ from svp_peft.visualize import (
     plot_gate_maps,
     plot_receptive_field,
     plot_scales,
+    plot_training,
     read_metrics,
     receptive_field,
     scale_profile,
@@ -431,6 +432,21 @@ def test_metrics_of_a_resumed_run_keep_the_last_word_on_each_epoch(tmp_path):
     run = write_lines(tmp_path / "run", *lines, '{"epoch": 4, "tra')
     assert read_metrics(run) == [epochs[0], again, epochs[2]]
     assert read_metrics(run / "metrics.jsonl") == read_metrics(run)
+
+
+def test_plot_training_draws_what_the_epochs_have(tmp_path):
+    rows = [
+        {"epoch": e, "loss": 2.0 - e, "train_accuracy": 0.1 * e, "val_accuracy": 0.2 * e, "lr": 0.1}
+        for e in range(3)
+    ]
+    figure = plot_training(write_lines(tmp_path / "run", *map(json.dumps, rows)))
+    loss, accuracy, lr, speed = figure.axes
+    assert loss.lines[0].get_xydata().tolist() == [[0, 2], [1, 1], [2, 0]]
+    labels = [text.get_text() for text in accuracy.get_legend().get_texts()]
+    assert labels == ["training", "validation"]
+    assert accuracy.lines[1].get_ydata().tolist() == pytest.approx([0, 0.2, 0.4])
+    assert len(lr.lines) == 1
+    assert not speed.lines
 
 
 def test_damaged_metrics_are_refused(tmp_path):

@@ -10,15 +10,17 @@ from typing import TYPE_CHECKING, Any
 from svp_peft.errors import InputError
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# line of each split: colour, style
-_SPLITS = {
-    "train": ("#0072b2", "-"),
-    "val": ("#d55e00", "--"),
-    "test": ("#009e73", "-."),
-}
+# what is drawn: panel, key of metrics.jsonl, label, colour, style
+_LINES = (
+    ("loss", "loss", "training loss", "#0072b2", "-"),
+    ("accuracy", "train_accuracy", "training", "#0072b2", "-"),
+    ("accuracy", "val_accuracy", "validation", "#d55e00", "--"),
+    ("accuracy", "test_accuracy", "test", "#009e73", "-."),
+    ("learning rate", "lr", "lr", "#333333", "-"),
+    ("images per second", "images_per_second", "images/s", "#333333", "-"),
+)
 
 
 def read_metrics(run: str | PathLike[str]) -> list[dict[str, Any]]:
@@ -63,12 +65,12 @@ def read_metrics(run: str | PathLike[str]) -> list[dict[str, Any]]:
 
 
 def plot_training(run: str | PathLike[str]) -> Figure:
-    """Loss, accuracy and learning rate against the epoch.
+    """Loss, accuracy, learning rate and images per second against the epoch.
 
     Args:
         run: a run folder of the example scripts, or its `metrics.jsonl`. Of each epoch the keys
-            `train_loss`, `val_loss`, `test_loss`, the same with `_accuracy`, and `lr` are drawn
-            where they exist.
+            `loss`, `train_accuracy`, `val_accuracy`, `test_accuracy`, `lr` and
+            `images_per_second` are drawn where they exist.
 
     Returns:
         A matplotlib figure. Raises as `read_metrics` does.
@@ -76,25 +78,20 @@ def plot_training(run: str | PathLike[str]) -> Figure:
     from matplotlib.figure import Figure
 
     epochs = read_metrics(run)
-    figure = Figure(figsize=(9.5, 3.2), layout="constrained")
-    axes = figure.subplots(1, 3)
-    for axis, quantity in zip(axes, ("loss", "accuracy"), strict=False):
-        for split, (colour, style) in _SPLITS.items():
-            _draw(axis, epochs, f"{split}_{quantity}", split, colour, style)
-        if axis.lines:
-            axis.legend(frameon=False, fontsize=8)
-    _draw(axes[2], epochs, "lr", "lr", "#333333", "-")
-    for axis, title in zip(axes, ("loss", "accuracy", "learning rate"), strict=True):
-        axis.set_title(title, fontsize=10)
+    panels = list(dict.fromkeys(panel for panel, *_ in _LINES))
+    figure = Figure(figsize=(3.1 * len(panels), 3.0), layout="constrained")
+    axes = dict(zip(panels, figure.subplots(1, len(panels)), strict=True))
+    for panel, key, label, colour, style in _LINES:
+        points = [(e["epoch"], e[key]) for e in epochs if isinstance(e.get(key), (int, float))]
+        if points:
+            # a line through one point would be invisible
+            marker = "o" if len(points) == 1 else ""
+            x, y = zip(*points, strict=True)
+            axes[panel].plot(x, y, style, color=colour, marker=marker, label=label)
+    for panel, axis in axes.items():
+        axis.set_title(panel, fontsize=10)
         axis.set_xlabel("epoch")
         axis.grid(alpha=0.25)
+        if len(axis.lines) > 1:
+            axis.legend(frameon=False, fontsize=8)
     return figure
-
-
-def _draw(
-    axis: Axes, epochs: list[dict[str, Any]], key: str, label: str, colour: str, style: str
-) -> None:
-    points = [(e["epoch"], e[key]) for e in epochs if isinstance(e.get(key), (int, float))]
-    if points:
-        marker = "o" if len(points) == 1 else ""
-        axis.plot(*zip(*points, strict=True), style, color=colour, marker=marker, label=label)
