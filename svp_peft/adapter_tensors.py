@@ -26,6 +26,7 @@ from svp_peft.state import (
     module_path,
     patched_model,
     roles_of,
+    set_module,
     svp_of,
     use_modules_of,
 )
@@ -99,7 +100,7 @@ def prepare_adapter(
             k.removeprefix(f"{role}."): t for k, t in tensors.items() if k.startswith(f"{role}.")
         }
         if role == "head":
-            modules[role] = head_from_tensors(base, own)
+            modules[role] = head_from_tensors(base, own, spec.widths[-1])
         else:
             modules[role] = copy.deepcopy(base)
         like = next(base.parameters(), next(adapter.parameters()))
@@ -146,7 +147,7 @@ def install_adapter(
         if not overwrite:
             check_new_name(svp, name)
         use_modules_of(model, BASE_ADAPTER)
-        give_originals_back(svp, name)
+        give_originals_back(model, svp, name)
     add_parts(model, name, prepared.adapter, prepared.modules)
     set_trainable(model, svp, name, trainable)
     if activate:
@@ -217,13 +218,21 @@ def set_trainable(model: nn.Module, svp: SVPState, name: str, trainable: bool) -
         parameter.requires_grad_(trainable)
 
 
-def give_originals_back(svp: SVPState, name: str) -> None:
-    """Before an adapter goes: objects of the base model that it trained become the base's again."""
+def give_originals_back(model: nn.Module, svp: SVPState, name: str) -> None:
+    """Before an adapter goes: objects of the base model that it trained become the base's again.
+
+    None of the adapter's modules may stand in the model any more.
+    """
     mine, base = svp.parked_of(name), svp.parked_of(BASE_ADAPTER)
     for role, original in svp.originals.items():
-        if role in mine and mine[role] is original:
-            copy_tensors(original, base[role])
-            base[role] = original.requires_grad_(False)
+        if role not in mine or mine[role] is not original:
+            continue
+        copy_tensors(original, base_module(model, svp, role))
+        original.requires_grad_(False)
+        if svp.in_use[role] == BASE_ADAPTER:
+            set_module(model, module_path(svp.spec, role), original)
+        else:
+            base[role] = original
 
 
 def _check_tensors(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:

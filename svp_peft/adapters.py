@@ -192,7 +192,7 @@ def delete_adapter(model: nn.Module, name: str, *, new_active: str | None = None
         )
     svp.active = svp.active if new_active is None else new_active
     use_modules_of(model, svp.effective)
-    give_originals_back(svp, name)
+    give_originals_back(model, svp, name)
     svp.adapters.pop(name)
     svp.parked.pop(name)
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from svp_peft.errors import AdapterKeyError, InputError
+from svp_peft.errors import AdapterKeyError, AdapterShapeError, InputError
 
 
 def head_for(base: nn.Module, num_classes: int, d_model: int) -> nn.Module:
@@ -58,18 +58,21 @@ def two_layer_head(d_model: int, num_classes: int) -> nn.Sequential:
     )
 
 
-def head_from_tensors(base: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+def head_from_tensors(base: nn.Module, tensors: Mapping[str, Tensor], d_model: int) -> nn.Module:
     """A head of the kind and size that `tensors` belong to, uninitialised.
 
     Args:
         base: the model's own head, which decides if it has the same keys as `tensors`.
         tensors: state_dict of the wanted head.
+        d_model: inputs of the head where `base` is nn.Identity.
 
     Raises:
         AdapterKeyError: the tensors are of no kind of head that is known.
+        AdapterShapeError: they are of a head with another number of inputs.
     """
     keys = set(tensors)
     weight = tensors.get("weight")
+    _check_inputs(base, tensors, d_model)
     with torch.device("meta"):
         if keys in ({"weight"}, {"weight", "bias"}) and weight is not None and weight.dim() == 2:
             return nn.Linear(weight.shape[1], weight.shape[0], bias="bias" in keys)
@@ -95,6 +98,18 @@ def head_from_tensors(base: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Modu
         "two-layer head and not the model's own kind. Give the model a head of the adapter's kind "
         "first, or load without the head."
     )
+
+
+def _check_inputs(base: nn.Module, tensors: Mapping[str, Tensor], d_model: int) -> None:
+    linears = [m.in_features for m in base.modules() if isinstance(m, nn.Linear)]
+    inputs = linears[0] if linears else d_model
+    first = tensors.get("weight", tensors.get("0.weight"))
+    if first is not None and first.dim() == 2 and first.shape[1] != inputs:
+        raise AdapterShapeError(
+            f"the head's first weight has shape {tuple(first.shape)}, but the model gives its head "
+            f"{inputs} features: the adapter was made for another model. Load it into its own "
+            "base, or load without the head."
+        )
 
 
 def _fresh_linear(inputs: int, outputs: int, bias: bool, like: Tensor | None) -> nn.Linear:

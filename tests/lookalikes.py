@@ -94,7 +94,9 @@ class VimLike(nn.Module):
         cls = getattr(self, "cls_token", None)
         positions: list[int] = []
         if hasattr(self, "cls_token_head"):
-            head, tail = (t.expand(len(x), -1, -1) for t in (self.cls_token_head, self.cls_token_tail))
+            head, tail = (
+                t.expand(len(x), -1, -1) for t in (self.cls_token_head, self.cls_token_tail)
+            )
             positions = [0, x.shape[1] + 1]
             x = torch.cat((head, x, tail), 1)
         elif cls is not None:

@@ -93,7 +93,9 @@ def test_unknown_keys_are_named():
         SVPConfig.from_dict({"bottleneck": 64})
 
 
-@pytest.mark.parametrize("name", ["a", "aa", "svp", "train", "keys", "birds-v2", "_", "0", "default"])
+@pytest.mark.parametrize(
+    "name", ["a", "aa", "svp", "train", "keys", "birds-v2", "_", "0", "default"]
+)
 def test_plain_words_are_adapter_names_even_where_modules_have_such_attributes(name):
     assert check_adapter_name(name) == name
 

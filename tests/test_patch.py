@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.lookalikes import VimLike
 from torch import nn
 
 from svp_peft.adapters import add_adapter, disable_adapter, set_adapter
@@ -24,6 +23,7 @@ from svp_peft.errors import (
 )
 from svp_peft.patch import apply_svp, remove_svp
 from svp_peft.vim import VisionMamba
+from tests.lookalikes import VimLike
 
 CONFIG = SVPConfig(inner_bottleneck=4, cross_group_size=2)
 
@@ -432,7 +432,7 @@ def test_a_bad_adapter_name_leaves_the_model_alone(model):
 def test_other_models_are_refused_with_what_was_found_and_a_spec_to_start_from():
     model = nn.Sequential(nn.Linear(4, 4), nn.ModuleList(nn.Linear(4, 4) for _ in range(3)))
     refused(model, BackboneNotSupportedError, r"1: 3 x Linear.*BackboneSpec\(blocks=")
-    with pytest.raises(BackboneNotSupportedError, match="not a torch.nn.Module"):
+    with pytest.raises(BackboneNotSupportedError, match=r"not a torch\.nn\.Module"):
         apply_svp({"weights": 1})
 
 

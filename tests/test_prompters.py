@@ -103,7 +103,7 @@ def test_last_cross_group_may_be_shorter():
 
 
 def test_released_refuses_a_depth_that_the_group_size_does_not_divide():
-    with pytest.raises(ConfigError, match="5 blocks.*divisible"):
+    with pytest.raises(ConfigError, match=r"5 blocks.*divisible"):
         SVPAdapter(D, 5, SVPConfig(cross_source="released", cross_group_size=2))
 
 
