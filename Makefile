@@ -27,7 +27,7 @@ lint: .venv/ready-dev
 	$(BIN)/mypy
 
 docs: .venv/ready-dev
-	$(BIN)/mkdocs build --strict --config-file .mkdocs.yml
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --config-file .mkdocs.yml
 
 clean:
 	rm -rf .venv site build dist .pytest_cache .ruff_cache .mypy_cache
