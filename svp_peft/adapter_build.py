@@ -23,6 +23,7 @@ from svp_peft.errors import (
     BaseModelMismatchError,
     ConfigError,
 )
+from svp_peft.heads import head_from_tensors
 from svp_peft.patch import build_adapter
 from svp_peft.prompters import SVPAdapter
 from svp_peft.state import SVPState, module_path, roles_of
@@ -105,7 +106,7 @@ def prepare(
     filled = dict(bases["head"].state_dict(prefix="head.")) if not load_head and bases else {}
     for role, base in bases.items():
         if role == "head" and load_head:
-            _check_head(base, contents, where)
+            _check_head(base, contents, spec.widths[-1])
             expected |= head_shapes(contents) or _shapes(base.state_dict(prefix="head."))
         elif role != "head":
             expected |= _shapes(base.state_dict(prefix=f"{role}."))
@@ -165,7 +166,8 @@ def base_parameters(model: nn.Module) -> dict[str, Tensor]:
 _SCALE_PREFIXES = ("svp.alpha", "svp.beta")
 
 
-def _check_head(base: nn.Module, contents: AdapterContents, where: str) -> None:
+def _check_head(base: nn.Module, contents: AdapterContents, d_model: int) -> None:
+    where = contents.where
     head = {key: t for key, t in contents.tensors.items() if key.startswith("head.")}
     if head and isinstance(base, nn.Identity):
         raise BaseModelMismatchError(
@@ -178,13 +180,11 @@ def _check_head(base: nn.Module, contents: AdapterContents, where: str) -> None:
             f"{where} has no tensors for the head, but this model has one: it was saved from a "
             "model without, or is incomplete. Pass load_head=False to keep the base model's head."
         )
-    ours = next((t for t in base.state_dict().values() if t.dim() == 2), None)
-    theirs = next((t for key, t in sorted(head.items()) if t.dim() == 2), None)
-    if ours is not None and theirs is not None and ours.shape[1] != theirs.shape[1]:
-        raise AdapterShapeError(
-            f"{where}: its head takes {theirs.shape[1]} features, but this model gives "
-            f"{ours.shape[1]}. Load it into its own base model, or pass load_head=False."
-        )
+    own = {key.removeprefix("head."): tensor for key, tensor in head.items()}
+    try:
+        head_from_tensors(base, own, d_model)
+    except (AdapterKeyError, AdapterShapeError) as error:
+        raise type(error)(f"{where}: {error}") from error
 
 
 def _classes(info: AdapterInfo) -> str:
