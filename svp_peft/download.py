@@ -54,6 +54,8 @@ class HubRepo:
     """40 hexadecimal digits."""
     files: tuple[str, ...] | None
     """Paths in the commit, or None when the Hub was not asked."""
+    branch: str | None
+    """Branch or tag that named the commit, if one did."""
     cached_only: bool
     token: str | bool | None
     cache_dir: str | Path | None
@@ -70,7 +72,7 @@ class HubRepo:
         """
         if self.files is not None and filename not in self.files:
             return None
-        return _download(
+        path = _download(
             self.repo_id,
             filename,
             revision=self.commit,
@@ -79,6 +81,22 @@ class HubRepo:
             force_download=self.force_download,
             local_files_only=self.cached_only,
         )
+        if path is not None and self.branch is not None:
+            self._remember_branch(path.parents[filename.count("/") + 2])
+        return path
+
+    def _remember_branch(self, folder: Path) -> None:
+        """Note in the cache which commit the branch names, so that it is found without the Hub.
+
+        The client does so itself only where it is given the branch instead of the commit.
+        """
+        reference = folder / "refs" / str(self.branch)
+        try:
+            if not reference.is_file() or reference.read_text() != self.commit:
+                reference.parent.mkdir(parents=True, exist_ok=True)
+                reference.write_text(self.commit)
+        except OSError as error:
+            logger.info("the cache does not remember %s of %s: %s", self.branch, self, error)
 
 
 def open_repo(
@@ -122,7 +140,7 @@ def open_repo(
             return None
         # .../snapshots/<commit>/<probe>
         commit = path.parents[probe.count("/")].name
-        return HubRepo(repo_id, commit, None, offline, token, cache_dir, False)
+        return HubRepo(repo_id, commit, None, None, offline, token, cache_dir, False)
 
     if offline or (revision and _COMMIT.fullmatch(revision) and not force_download):
         found = cached(revision)
@@ -143,13 +161,14 @@ def open_repo(
         if found is None:
             raise
         logger.warning("%s Using the cached commit %s.", error, found.commit[:12])
-        return HubRepo(repo_id, found.commit, None, True, token, cache_dir, False)
+        return HubRepo(repo_id, found.commit, None, None, True, token, cache_dir, False)
     except HFValidationError as error:
         raise HubError(f"{repo_id!r} is not a Hub repository id: {error}") from error
     files = None if info.siblings is None else tuple(file.rfilename for file in info.siblings)
     if info.sha is None:
         raise HubError(f"{repo_id}: the Hub named no commit for revision {revision or 'main'}.")
-    return HubRepo(repo_id, info.sha, files, False, token, cache_dir, force_download)
+    branch = None if revision == info.sha else revision or "main"
+    return HubRepo(repo_id, info.sha, files, branch, False, token, cache_dir, force_download)
 
 
 class HubUnreachable(HubError):
