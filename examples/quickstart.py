@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import svp_peft as sp
+from svp_peft.visualize import gate_maps, plot_gate_maps
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -156,7 +157,10 @@ def main() -> None:
     print(f"Adapter saved to {adapter} ({size / 1e6:.1f} MB) and loaded again: same logits.")
 
     draw_predictions(test_images, test_labels, logits, options.output / "predictions.png")
-    print(f"Pictures: {options.output / 'predictions.png'}")
+    shown = test_images[:1]
+    maps = gate_maps(model, shown, blocks=(1, 5, 9))
+    plot_gate_maps(maps, shown).savefig(options.output / "gates.png", dpi=130)
+    print(f"Pictures: {options.output / 'predictions.png'}, {options.output / 'gates.png'}")
 
 
 if __name__ == "__main__":
