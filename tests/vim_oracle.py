@@ -40,7 +40,7 @@ def logits(state: State, image: Tensor, arguments: dict[str, Any]) -> Tensor:
             h1, r1 = block(state, index, hidden, residual, a)
             reverse = None if residual is None else residual.flip(1)
             h2, r2 = block(state, index + 1, hidden.flip(1), reverse, a)
-            hidden, residual = (h1 + h2.flip(1)) / 2, (r1 + r2.flip(1)) / 2
+            hidden, residual = h1 + h2.flip(1), r1 + r2.flip(1)
     else:
         for index in range(depth):
             hidden = rope(hidden)

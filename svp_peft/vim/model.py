@@ -94,7 +94,7 @@ class VisionMamba(nn.Module):
             ft_seq_len: accepted and unused, as in hustvl/Vim; the rotary table fits the grid.
             pt_hw_seq_len: patches per side that the rotary angles are scaled to.
             if_bidirectional: run the blocks in pairs, the second one over the reversed tokens, and
-                average both; a last block without a partner is not used.
+                add up both; a last block without a partner is not used.
             final_pool_type: without a class token: "none" takes the last token, "mean" the mean,
                 "all" keeps the tokens and "max" takes the maximum of the tokens' logits. With a
                 class token the features are that token. "max" still takes a maximum over axis 1 of
@@ -344,7 +344,7 @@ class VisionMamba(nn.Module):
             ahead = self._call(self.layers[index], hidden, residual, inference_params)
             reverse = None if residual is None else residual.flip(1)
             back = self._call(self.layers[index + 1], hidden.flip(1), reverse, inference_params)
-            hidden, residual = ((a + b.flip(1)) / 2 for a, b in zip(ahead, back, strict=True))
+            hidden, residual = (a + b.flip(1) for a, b in zip(ahead, back, strict=True))
         return hidden, residual
 
     def _call(
