@@ -7,7 +7,7 @@ and attributes, else None. Line numbers refer to the sources as they were read.
     vim           layers[i]                  (hidden, residual) -> both          any kind or none
     released_svp  layers[i]                  as vim                              middle
     videomamba    layers[i]                  as vim                              head
-    mamba_reg     layers[i]                  as vim                              registers, evenly spread
+    mamba_reg     layers[i]                  as vim                              registers
     local_vim     layers[i]                  as vim                              none or middle
     mixer_model   layers[i]                  as vim                              none
     arm           layers[i]                  hidden -> hidden                    middle

@@ -56,7 +56,10 @@ def svp_prompt(
     Source: SVP (arXiv 2412.08947), equations of the cross and the inner prompter.
     """
     tensors = (cross_weight, cross_bias, down_weight, down_bias, up_weight, up_bias, alpha, beta)
-    name = choose(backend, x.device, x.dtype)
+    # the kernels see x and the products: both must be of a dtype that the backend knows
+    product = x.dtype if cross_weight is None else _product_dtype(x, cross_weight)
+    halves = [dtype for dtype in (x.dtype, product) if dtype.itemsize < 4]
+    name = choose(backend, x.device, halves[0] if halves else product)
     dropping = training and dropout > 0
     fused = hasattr(kernels(name), "prompt_backward") and not torch.compiler.is_compiling()
     if fused and not dropping and cross_weight is not None and down_weight is not None:
@@ -169,7 +172,9 @@ class _Prompt(torch.autograd.Function):
             d_cross, d_inner, d_alpha, d_beta = kernels(backend).prompt_backward(
                 grad, cross.view(x.shape), inner.view(x.shape), alpha, beta, skip
             )
-            d_cross, d_inner = d_cross.view(rows.shape), d_inner.view(rows.shape)
+            # kernels answer in grad's dtype, which need not be that of the products
+            d_cross = d_cross.view(rows.shape).to(dtype)
+            d_inner = d_inner.view(rows.shape).to(dtype)
             cross_weight, _, down_weight, _, up_weight, _ = weights
             sum_dtype = torch.promote_types(dtype, torch.float32)
             d_middle = torch.mm(d_inner, cast(up_weight, dtype))
