@@ -53,16 +53,14 @@ def pair(tensors: Sequence[Tensor] | None, missing: Tensor) -> tuple[Tensor, Ten
     return tensors[0], tensors[-1]
 
 
-def step_sizes(
-    dt: Sequence[Tensor], dt_weight: Sequence[Tensor] | None
-) -> tuple[Tensor, ...]:
+def step_sizes(dt: Sequence[Tensor], dt_weight: Sequence[Tensor] | None) -> tuple[Tensor, ...]:
     """dt per channel, (batch, L, d_inner) contiguous: dt_proj applied where it is given."""
     if dt_weight is None:
         return tuple(x.contiguous() for x in dt)
     full = []
     for low, weight in zip(dt, dt_weight, strict=True):
         flat = low.reshape(-1, low.shape[2])
-        full.append(torch.mm(flat, cast(weight, low.dtype).T).view(*low.shape[:2], -1))
+        full.append(torch.mm(flat, cast(weight, low.dtype).detach().T).view(*low.shape[:2], -1))
     return tuple(full)
 
 

@@ -43,13 +43,9 @@ def step_size(dt, bias, SOFTPLUS: tl.constexpr):
 
 
 @triton.jit
-def scaled_rates(A_log, col, n, d_state: tl.constexpr, N: tl.constexpr, A_IS_LOG: tl.constexpr):
-    """A * log2(e) in the shape of `col` and `n` broadcast together."""
-    if N == d_state:
-        A = tl.load(A_log + col * d_state + n)
-    else:
-        A = tl.load(A_log + col * d_state + tl.minimum(n, d_state - 1))
-    A = A.to(tl.float32)
+def scaled_rates(A_log, col, n, d_state: tl.constexpr, A_IS_LOG: tl.constexpr):
+    """A * log2(e) in the shape of `col` and `n` broadcast together; n below d_state."""
+    A = tl.load(A_log + col * d_state + n).to(tl.float32)
     if A_IS_LOG:
         A = -tl.exp(A)
     return A * LOG2E

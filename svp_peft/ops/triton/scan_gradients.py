@@ -17,7 +17,7 @@ from svp_peft.ops.triton.launch import (
     with_equal_rows,
     with_rows,
 )
-from svp_peft.ops.triton.scan_backward_kernels import (
+from svp_peft.ops.triton.scan_gradient_kernels import (
     backward_kernel,
     gate_backward_kernel,
     sum_parts_kernel,
@@ -63,7 +63,6 @@ def scan_backward(
     Returns:
         See `ScanGrads`; parameter gradients are float32. The same inputs give the same bits.
     """
-    K = len(u)
     first = u[0]
     need = need._replace(
         z=need.z and z is not None,
@@ -84,17 +83,10 @@ def scan_backward(
         if not through_scan:
             return ScanGrads(None, None, None, None, dz, None, None, None, None)
 
-        d_state = A_log[0].shape[1]
-        low = dt_weight is not None
         store_dt = need.dt or need.dt_weight
         du = _like(u, need.u)
         d_full = _like(full, store_dt)
-        if dx_dbl_out is None:
-            ddt = _like(dt, need.dt) if low else d_full
-            dB, dC = _like(B, need.B), _like(C, need.C)
-        else:
-            sizes = (dt[0].shape[2], d_state, d_state)
-            ddt, dB, dC = zip(*(x.split(sizes, dim=2) for x in dx_dbl_out), strict=True)
+        ddt, dB, dC = _targets(dt, B, C, d_full, dx_dbl_out, need, low=dt_weight is not None)
         dA, dD, ddt_bias = _sweeps(
             u, full, B, C, dy, A_log, D, dt_bias, du, d_full, dB, dC,
             reverse, softplus, A_is_log, need._replace(dt=store_dt),
@@ -105,20 +97,30 @@ def scan_backward(
                 torch.mm(g.flatten(0, 1).T, x.flatten(0, 1)).float()
                 for g, x in zip(d_full, dt, strict=True)
             )
-        if need.dt and dt_weight is not None and d_full is not None:
+        if ddt is not None and dt_weight is not None and d_full is not None:
             for target, g, weight in zip(ddt, d_full, dt_weight, strict=True):
-                target.copy_(torch.mm(g.flatten(0, 1), cast(weight, g.dtype)).view(target.shape))
-    return ScanGrads(
-        du,
-        tuple(ddt) if need.dt else None,
-        tuple(dB) if need.B else None,
-        tuple(dC) if need.C else None,
-        dz,
-        dA,
-        dD,
-        ddt_weight,
-        ddt_bias,
-    )
+                low_rank = target.view(-1, target.shape[2])
+                torch.mm(g.flatten(0, 1), cast(weight, g.dtype).detach(), out=low_rank)
+    return ScanGrads(du, ddt, dB, dC, dz, dA, dD, ddt_weight, ddt_bias)
+
+
+def _targets(
+    dt: Sequence[Tensor],
+    B: Sequence[Tensor],
+    C: Sequence[Tensor],
+    d_full: tuple[Tensor, ...] | None,
+    dx_dbl_out: Sequence[Tensor] | None,
+    need: ScanNeeds,
+    low: bool,
+) -> tuple[tuple[Tensor, ...] | None, ...]:
+    """Where ddt, dB and dC are written; None where not wanted."""
+    if dx_dbl_out is None:
+        ddt = _like(dt, need.dt) if low else d_full
+        return ddt, _like(B, need.B), _like(C, need.C)
+    sizes = (dt[0].shape[2], B[0].shape[2], C[0].shape[2])
+    columns = zip(*(x.split(sizes, dim=2) for x in dx_dbl_out), strict=True)
+    wanted = (need.dt, need.B, need.C)
+    return tuple(c if w else None for c, w in zip(columns, wanted, strict=True))
 
 
 def _like(tensors: Sequence[Tensor], wanted: bool) -> tuple[Tensor, ...] | None:
@@ -178,7 +180,8 @@ def _sweeps(
     """Write du, ddt, dB and dC; return (dA, dD, ddt_bias). dt and ddt are per channel."""
     K, (batch, length, d_inner), d_state = len(u), u[0].shape, A_log[0].shape[1]
     N = power_of_two(d_state)
-    BD = max(8, min(32, 512 // N))
+    # by the registers that the states take
+    BD = 32 if N <= (16 if need.A else 32) else 16
     parts = triton.cdiv(d_inner, BD)
     need_dt = need.dt or need.dt_bias
     states, bc_row = with_equal_rows((*B, *C))
@@ -201,9 +204,7 @@ def _sweeps(
     sums = [dy.new_zeros(K, *x, dtype=torch.float32) for x in shapes]
     for begin in range(0, batch if length else 0, images):
         end = min(begin + images, batch)
-        shares = [
-            scratch(w, K, end - begin, *x) for w, x in zip(wanted, shapes, strict=True)
-        ]
+        shares = [scratch(w, K, end - begin, *x) for w, x in zip(wanted, shapes, strict=True)]
 
         def piece(tensors: Sequence[Tensor] | None, a: int = begin, b: int = end) -> list[Tensor]:
             return list(pair([x[a:b] for x in tensors] if tensors else None, dy))

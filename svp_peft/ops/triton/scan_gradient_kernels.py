@@ -152,8 +152,8 @@ def backward_kernel(
     REVERSE0: tl.constexpr, REVERSE1: tl.constexpr, SOFTPLUS: tl.constexpr, A_IS_LOG: tl.constexpr,
     HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr,
     NEED_U: tl.constexpr, NEED_DT: tl.constexpr, STORE_DT: tl.constexpr, NEED_G: tl.constexpr,
-    NEED_B: tl.constexpr, NEED_C: tl.constexpr, NEED_A: tl.constexpr, NEED_D: tl.constexpr, NEED_BIAS: tl.constexpr,
-    BD: tl.constexpr, N: tl.constexpr,
+    NEED_B: tl.constexpr, NEED_C: tl.constexpr, NEED_A: tl.constexpr, NEED_D: tl.constexpr,
+    NEED_BIAS: tl.constexpr, BD: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     image = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
@@ -179,7 +179,12 @@ def backward_kernel(
     image += direction * (rows // L)
     groups = tl.cdiv(L, 4)
     starts += (image * groups * d_inner + col[:, None]) * d_state + n[None, :]
-    b_A = scaled_rates(A_log, col[:, None], n[None, :], d_state, N, A_IS_LOG)
+    if N == d_state:
+        b_A = scaled_rates(A_log, col[:, None], n[None, :], d_state, A_IS_LOG)
+    else:
+        b_A = scaled_rates(
+            A_log, col[:, None], tl.minimum(n, d_state - 1)[None, :], d_state, A_IS_LOG
+        )
     b_D = channel_vector(D, col, HAS_D)
     b_bias = channel_vector(bias, col, HAS_BIAS)
     if NEED_G or NEED_C or NEED_A:
@@ -317,4 +322,3 @@ def sum_parts_kernel(
         total += tl.load(shares + at, mask=mask, other=0.0)
         at += K * rows.to(tl.int64) * d_state
     tl.store(target + row * sum_row + n, total.to(target.dtype.element_ty), mask=mask)
-
