@@ -12,6 +12,7 @@ gates, gates.png.
 """
 
 import argparse
+import math
 import time
 from pathlib import Path
 
@@ -59,14 +60,20 @@ def shifted(images: Tensor) -> Tensor:
     return padded[..., top : top + images.shape[-2], left : left + images.shape[-1]]
 
 
+def rate(step: int, steps: int) -> float:
+    """Factor of the learning rate: a linear warm-up, then a cosine to zero."""
+    warmup = max(1, round(WARMUP * steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
 def train(model: nn.Module, images: Tensor, labels: Tensor, name: str, epochs: int) -> float:
     """Train whatever requires a gradient; returns the seconds it took."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE[name], weight_decay=WEIGHT_DECAY)
     steps = epochs * -(-len(images) // BATCH)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, LEARNING_RATE[name], steps, pct_start=WARMUP, anneal_strategy="cos"
-    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, steps))
     model.train()
     started = time.perf_counter()
     with tqdm(total=steps, desc=f"{name:<13}", unit="step") as progress:
