@@ -21,6 +21,7 @@ from recipes import METHOD_LR, Recipe, paper_faithful
 from run_folder import (
     append_metrics,
     claim,
+    disk,
     latest_checkpoint,
     load_checkpoint,
     result_of,
@@ -97,7 +98,8 @@ def run_suite(
     options: argparse.Namespace,
 ) -> list[dict[str, Any]]:
     """Every data set and seed that the options ask for; complete runs are not repeated."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(format="%(message)s")
+    logger.setLevel(logging.INFO)
     accelerator = new_accelerator(options)
     results = []
     for dataset in rows if options.dataset == "all" else [options.dataset]:
@@ -286,7 +288,8 @@ def run(
 
 def _save(accelerator: Accelerator, model: nn.Module, method: str, folder: Path) -> None:
     if accelerator.is_main_process:
-        save_trained(model, method, folder)
+        with disk(folder):
+            save_trained(model, method, folder)
 
 
 def _tensorboard(folder: Path, epochs_done: int):

@@ -32,7 +32,7 @@ class RunError(Exception):
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """The old file or the new one, whole, whenever the process is killed."""
     partial = path.with_name(path.name + ".partial")
-    with _disk(path):
+    with disk(path):
         with open(partial, "w") as file:
             json.dump(value, file, indent=1)
             file.flush()
@@ -46,7 +46,7 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
     Raises:
         RunError: it belongs to a run with other settings.
     """
-    with _disk(folder):
+    with disk(folder):
         folder.mkdir(parents=True, exist_ok=True)
     settings = json.loads(json.dumps(settings))
     if not (folder / "run.json").is_file():
@@ -69,7 +69,7 @@ def result_of(folder: Path) -> dict[str, Any] | None:
 
 
 def append_metrics(folder: Path, row: dict[str, Any]) -> None:
-    with _disk(folder), open(folder / "metrics.jsonl", "a") as file:
+    with disk(folder), open(folder / "metrics.jsonl", "a") as file:
         file.write(json.dumps(row) + "\n")
 
 
@@ -117,7 +117,7 @@ def save_checkpoint(
     accelerator.wait_for_everyone()
     handle = accelerator.register_save_state_pre_hook(drop_frozen)
     try:
-        with _disk(partial):
+        with disk(partial):
             accelerator.save_state(str(partial))
             accelerator.wait_for_everyone()
             if not accelerator.is_main_process:
@@ -181,7 +181,7 @@ def load_checkpoint(
 
 
 @contextmanager
-def _disk(path: Path) -> Iterator[None]:
+def disk(path: Path) -> Iterator[None]:
     """Failed writes, whichever library made them, as one error that says what to do."""
     try:
         yield
