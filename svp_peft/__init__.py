@@ -26,6 +26,7 @@ from svp_peft.hub import push_to_hub
 from svp_peft.ops import get_backend, set_backend
 from svp_peft.patch import apply_svp, remove_svp
 from svp_peft.routing import route
+from svp_peft.verify import verify_backbone
 from svp_peft.vim import VisionMamba, load_vim, vim_base, vim_small, vim_tiny
 
 __version__ = "0.1.0"
@@ -56,6 +57,7 @@ __all__ = [
     "save_adapter",
     "set_adapter",
     "set_backend",
+    "verify_backbone",
     "vim_base",
     "vim_small",
     "vim_tiny",

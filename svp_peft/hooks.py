@@ -6,6 +6,7 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from svp_peft.backbones import BackboneSpec, ClassTokens, Layout, class_token_positions
@@ -64,11 +65,15 @@ class PromptBlockInput:
                 "size, or apply with another backbone=BackboneSpec(layout=..., d_model=...)."
             )
         if self.layout == "tokens":
-            return self._prompted_tokens(x)
-        if self.layout == "channels_last":
-            return self._prompted_tokens(x.flatten(1, 2)).reshape(x.shape)
-        tokens = self._prompted_tokens(x.flatten(2).transpose(1, 2))
-        return tokens.transpose(1, 2).reshape(x.shape)
+            out = self._prompted_tokens(x)
+        elif self.layout == "channels_last":
+            out = self._prompted_tokens(x.flatten(1, 2)).reshape(x.shape)
+        else:
+            tokens = self._prompted_tokens(x.flatten(2).transpose(1, 2))
+            out = tokens.transpose(1, 2).reshape(x.shape)
+        # kernels of PyTorch round differently on another memory layout, and a fresh adapter must
+        # not change a bit
+        return out if out.stride() == x.stride() else torch.empty_like(x).copy_(out)
 
     def _prompted_tokens(self, x: Tensor) -> Tensor:
         skip = class_token_positions(self.class_tokens, x.shape[1], self.reversed_block)

@@ -7,8 +7,9 @@ PACKAGE = Path(__file__).parent.parent / "svp_peft"
 # a module imports only from those before it
 ORDER = (
     "errors config ops download vim prompters backbones state hooks heads patch "
-    "adapter_tensors adapters routing base_model adapter_config adapter_format "
-    "adapter_store adapter_build adapter_file hub convert visualize integrations cli __init__"
+    "adapter_tensors adapters routing verify base_model adapter_config adapter_format "
+    "adapter_store adapter_build adapter_file hub convert visualize integrations cli "
+    "__init__"
 ).split()
 
 

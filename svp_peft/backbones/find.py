@@ -107,13 +107,13 @@ def _head_path(model: nn.Module, spec: BackboneSpec) -> str | None:
     """Where the head is: as the spec says, or a `head` of a module around the backbone."""
     if spec.head is None:
         return None
+    if spec.family == "custom" and spec.head != "head":
+        _module_at(model, spec.head, "head")
     above = spec.owner.split(".") if spec.owner else []
-    paths = [join(*above[:end], "head") for end in range(len(above), -1, -1)]
-    for path in [spec.head, *paths]:
+    around = [join(*above[:end], "head") for end in range(len(above), -1, -1)]
+    for path in [spec.head, *around]:
         if isinstance(_lookup(model, path), nn.Module):
             return path
-    if spec.head not in paths and spec.family == "custom":
-        _module_at(model, spec.head, "head")
     return None
 
 
