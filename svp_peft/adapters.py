@@ -273,8 +273,8 @@ def merge_and_unload(model: nn.Module) -> NoReturn:
     svp_of(model)
     raise MergeError(
         "SVP cannot be merged into the base weights: its prompts depend on the input through a "
-        "SiLU, so no fixed weight equals them. Keep the adapter, which costs a few per cent of "
-        "the forward pass, or call remove_svp(model) to get the base model back."
+        "SiLU, so no fixed weight equals them. Keep the adapter, or call remove_svp(model) to get "
+        "the base model back."
     )
 
 
