@@ -106,7 +106,7 @@ def _read_repo(repo_id: str, options: HubOptions) -> AdapterContents:
             local_files_only=options.local_files_only,
         )
     except HubError as error:
-        raise HubError(f"{error} (There is no local folder {repo_id} either.)") from error
+        raise type(error)(f"{error} (There is no local folder {repo_id} either.)") from error
     where = f"{repo}/{prefix}".rstrip("/")
     if repo.files is not None:
         names = [name.removeprefix(prefix) for name in repo.files if name.startswith(prefix)]

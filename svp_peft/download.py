@@ -153,9 +153,13 @@ def open_repo(
                 "Load it once with a connection, or pass cache_dir= where it was cached."
             )
 
+    # the client's own setting, HF_HUB_ETAG_TIMEOUT; 10 seconds by default
+    timeout = constants.HF_HUB_ETAG_TIMEOUT
     api = HfApi(token=token, library_name="svp_peft", library_version=library_version())
     try:
-        info = call_hub(lambda: api.model_info(repo_id, revision=revision, timeout=10), repo_id)
+        info = call_hub(
+            lambda: api.model_info(repo_id, revision=revision, timeout=timeout), repo_id
+        )
     except HubUnreachable as error:
         found = None if force_download else cached(revision)
         if found is None:
