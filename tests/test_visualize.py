@@ -397,10 +397,14 @@ def test_plot_receptive_field_draws_shares(images):
     torch.testing.assert_close(drawn(change.images[-1]), field.change[0])
 
 
-def test_plot_scales_draws_one_line_per_kind_of_prompt():
-    (axis,) = plot_scales(patched(vim())).axes
-    assert [line.get_xdata().tolist() for line in axis.lines] == [[0, 1, 2]] * 2
-    assert len(plot_scales(sp.apply_svp(vim(), sp.SVPConfig(use_inner=False))).axes[0].lines) == 1
+def test_plot_scales_draws_the_medians_of_each_kind_of_prompt():
+    model = patched(vim())
+    figure = plot_scales(model)
+    for axis, values in zip(figure.axes, scale_profile(model), strict=True):
+        drawn_medians = torch.tensor(axis.lines[0].get_ydata(), dtype=torch.float32)
+        torch.testing.assert_close(drawn_medians, values[:, 1])
+    (only,) = plot_scales(sp.apply_svp(vim(), sp.SVPConfig(use_inner=False))).axes
+    assert only.get_title().startswith("alpha")
 
 
 @pytest.mark.parametrize(

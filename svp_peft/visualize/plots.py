@@ -23,8 +23,9 @@ Quantity = Literal["update", "input", "forget"]
 _AMOUNT = "cividis"
 _CHANGE = "PuOr_r"
 _NAMES = {"update": "update gate", "input": "input term", "forget": "forget gate"}
-_SYMBOLS = {"update": "delta", "input": "|delta B|", "forget": "exp(delta A)"}
-_PANEL = 1.9  # inches per panel, and room for its colour bar
+_SYMBOLS = {"update": r"$\Delta$", "input": r"$|\Delta B|$", "forget": r"$\exp(\Delta A)$"}
+_PANEL = 1.9  # inches per panel with its colour bar
+_IMAGE = 1.45  # inches of that for the image
 
 
 def plot_gate_maps(
@@ -34,7 +35,7 @@ def plot_gate_maps(
     index: int = 0,
     quantity: Quantity = "update",
     direction: int | None = None,
-    opacity: float = 0.65,
+    opacity: float = 0.75,
 ) -> Figure:
     """One row per block: the image, a gate before and after prompting, its change, the prompts.
 
@@ -68,13 +69,11 @@ def plot_gate_maps(
         f"{_NAMES[quantity]}\nbefore",
         f"{_NAMES[quantity]}\nafter",
         "change\nafter - before",
-        "cross prompt\n|alpha G_C|",
-        "inner prompt\n|beta G_I|",
+        "cross prompt\n" + r"$|\alpha\,G_C|$",
+        "inner prompt\n" + r"$|\beta\,G_I|$",
     )
     rows = len(maps.blocks)
-    figure = Figure(
-        figsize=((len(columns) + 1) * _PANEL, rows * _PANEL + 0.8), layout="constrained"
-    )
+    figure = Figure(figsize=_size(rows, len(columns) + 1, images), layout="constrained")
     axes = figure.subplots(rows, len(columns) + 1, squeeze=False)
     for row, block in enumerate(maps.blocks):
         low = min(before[row].min().item(), after[row].min().item())
@@ -99,7 +98,7 @@ def plot_gate_maps(
 
 
 def plot_receptive_field(
-    field: ReceptiveField, images: Tensor, *, index: int = 0, opacity: float = 0.65
+    field: ReceptiveField, images: Tensor, *, index: int = 0, opacity: float = 0.75
 ) -> Figure:
     """The image, the share of each patch in the receptive field before and after, and its change.
 
@@ -120,7 +119,7 @@ def plot_receptive_field(
     _check_image(images, len(field.before), index)
     before, after = (maps[index] / maps[index].sum() for maps in (field.before, field.after))
     high = max(before.max().item(), after.max().item())
-    figure = Figure(figsize=(4 * _PANEL, _PANEL + 1.0), layout="constrained")
+    figure = Figure(figsize=_size(1, 4, images), layout="constrained")
     axes = figure.subplots(1, 4)
     _draw_image(axes[0], images[index])
     _overlay(figure, axes[1], images[index], before, _AMOUNT, 0.0, high, opacity)
@@ -160,9 +159,24 @@ def _around_zero(change: Tensor) -> tuple[Tensor, str, float, float]:
     return change, _CHANGE, -reach, reach
 
 
-def _draw_image(axis: Axes, image: Tensor) -> None:
+def _size(rows: int, columns: int, images: Tensor) -> tuple[float, float]:
+    """Inches of a figure of panels, with room for titles above."""
+    return columns * _PANEL, rows * (_IMAGE * images.shape[-2] / images.shape[-1] + 0.1) + 0.8
+
+
+def _draw_image(axis: Axes, image: Tensor, *, faint: bool = False) -> None:
     grey = image.detach().float().mean(0).cpu()
-    axis.imshow(grey.tolist(), cmap="gray", interpolation="nearest", extent=_extent(image))
+    low, high = grey.min().item(), grey.max().item()
+    # under a map, mid-greys only: black and white would change the colours of the map
+    margin = 0.75 * (high - low) if faint else 0.0
+    axis.imshow(
+        grey.tolist(),
+        cmap="gray",
+        vmin=low - margin,
+        vmax=high + margin,
+        interpolation="nearest",
+        extent=_extent(image),
+    )
     axis.set_xticks([])
     axis.set_yticks([])
 
@@ -177,7 +191,7 @@ def _overlay(
     high: float | None,
     opacity: float,
 ) -> None:
-    _draw_image(axis, image)
+    _draw_image(axis, image, faint=True)
     drawn = axis.imshow(
         values.detach().float().cpu().tolist(),
         cmap=colours,

@@ -53,25 +53,26 @@ def plot_scales(model: nn.Module) -> Figure:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(7, 3.6), layout="constrained")
-    axis = figure.add_subplot()
+    figure = Figure(figsize=(8.5, 3.2), layout="constrained")
     profile = scale_profile(model)
-    for values, label, colour, marker in (
-        (profile.alpha, "alpha, cross prompts (shared by a group)", "#0072b2", "o"),
-        (profile.beta, "beta, inner prompts", "#d55e00", "s"),
-    ):
-        if values is None:
-            continue
+    panels = (
+        (profile.alpha, "alpha: cross prompts, shared by a group", "#0072b2"),
+        (profile.beta, "beta: inner prompts", "#d55e00"),
+    )
+    shown = [panel for panel in panels if panel[0] is not None]
+    axes = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+    for axis, (values, title, colour) in zip(axes, shown, strict=True):
+        assert values is not None
         low, median, high = values.T.tolist()
         blocks = range(len(median))
-        axis.fill_between(blocks, low, high, color=colour, alpha=0.2, linewidth=0)
-        axis.plot(blocks, median, color=colour, marker=marker, markersize=4, label=label)
-    axis.set_xlabel("block")
-    axis.set_ylabel("|scale|, median and 10-90% of channels")
-    axis.set_ylim(bottom=0)
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.set_title("Learned scales across depth")
-    axis.legend(frameon=False)
+        axis.fill_between(blocks, low, high, color=colour, alpha=0.25, linewidth=0)
+        axis.plot(blocks, median, color=colour, marker="o", markersize=4)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("block")
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.25)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes[0].set_ylabel("|scale|: median and 10-90% of channels")
     return figure
 
 
