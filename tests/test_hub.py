@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -109,6 +110,18 @@ def refused(answer: Answer, kind: str, *parts: str) -> None:
 
 
 # push
+
+
+def client_file() -> str:
+    import huggingface_hub
+
+    return huggingface_hub.__file__
+
+
+def test_client_is_the_release_that_was_asked_for(client):
+    """`SVP_PEFT_TEST_HUB_PATH` runs this file with another release; see docs/contributing.md."""
+    wanted = os.environ.get("SVP_PEFT_TEST_HUB_PATH", "site-packages")
+    assert wanted in value(client(client_file))
 
 
 def test_push_is_one_commit_of_exactly_three_files(hub, client, repo):
