@@ -1,0 +1,141 @@
+"""A patched model inside what training and deployment put around it; DDP is in test_patch.py."""
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from svp_peft.adapters import disable_adapter, set_adapter
+from svp_peft.config import SVPConfig
+from svp_peft.patch import apply_svp, remove_svp
+from svp_peft.vim import VisionMamba
+from tests.lookalikes import VimLike
+
+CONFIG = SVPConfig(inner_bottleneck=4, cross_group_size=2)
+
+
+def randomised(model: nn.Module) -> nn.Module:
+    apply_svp(model.eval(), CONFIG)
+    with torch.no_grad():
+        model.svp.alpha.normal_(std=0.5)
+        model.svp.beta.normal_(std=0.5)
+    return model
+
+
+def built_in() -> nn.Module:
+    return VisionMamba(img_size=16, patch_size=4, stride=4, embed_dim=16, depth=2, num_classes=5)
+
+
+def test_data_parallel_gives_the_models_output():
+    model = randomised(VimLike())
+    images = torch.randn(4, 3, 16, 16)
+    assert torch.equal(nn.DataParallel(model)(images), model(images))
+
+
+def test_a_training_module_around_the_model_trains_and_switches_it():
+    class Task(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = randomised(VimLike())
+            self.loss = nn.CrossEntropyLoss()
+
+        def training_step(self, batch):
+            images, labels = batch
+            return self.loss(self.model(images), labels)
+
+    task = Task().train()
+    before = task.model.svp.alpha.detach().clone()
+    optimizer = torch.optim.SGD([p for p in task.parameters() if p.requires_grad], lr=1.0)
+    task.training_step((torch.randn(2, 3, 16, 16), torch.tensor([0, 1]))).backward()
+    optimizer.step()
+    assert not torch.equal(task.model.svp.alpha, before)
+    set_adapter(task, "default")
+    with disable_adapter(task):
+        assert task.model.svp.disabled
+    assert remove_svp(task) is task
+    assert "svp" not in task.model._modules
+
+
+def test_the_built_in_vim_exports_with_any_batch_size_and_survives_saving():
+    torch._dynamo.reset()
+    model, images = randomised(built_in()), torch.randn(2, 3, 16, 16)
+    batch = torch.export.Dim("batch", min=2, max=64)
+    with torch.no_grad():
+        expected = model(images)
+        program = torch.export.export(model, (images,), dynamic_shapes={"x": {0: batch}})
+        file = io.BytesIO()
+        torch.export.save(program, file)
+        file.seek(0)
+        exported = torch.export.load(file).module()
+        # the exported graph sums in another order than the eager kernels
+        torch.testing.assert_close(exported(images), expected, rtol=1e-4, atol=1e-5)
+        three = exported(torch.cat((images, images[:1])))
+        torch.testing.assert_close(three[:2], expected, rtol=1e-4, atol=1e-5)
+
+
+FSDP_WORKER = """
+import copy, sys, torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from svp_peft.adapters import add_adapter, disable_adapter, set_adapter
+from svp_peft.config import SVPConfig
+from svp_peft.patch import apply_svp
+from tests.lookalikes import VimLike
+
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
+torch.manual_seed(0)
+model = apply_svp(VimLike(), SVPConfig(inner_bottleneck=4, cross_group_size=2))
+add_adapter(model, "other", num_classes=3)
+with torch.no_grad():
+    model.svp.alpha.normal_(); model.svp.beta.normal_()
+alone = copy.deepcopy(model)
+mesh = init_device_mesh("cpu", (2,))
+for layer in model.layers:
+    fully_shard(layer, mesh=mesh)
+fully_shard(model, mesh=mesh)
+images = torch.randn(2, 2, 3, 16, 16)
+
+def optimizer(model):
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+
+sharded, single = optimizer(model), optimizer(alone)
+for _ in range(3):
+    sharded.zero_grad(); single.zero_grad()
+    model(images[rank]).square().mean().backward()
+    (alone(images[0]).square().mean() + alone(images[1]).square().mean()).div(2).backward()
+    sharded.step(); single.step()
+
+def same(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+same(model.svp.alpha.full_tensor(), alone.svp.alpha)
+with disable_adapter(model), disable_adapter(alone):
+    same(model(images[0]), alone(images[0]))
+set_adapter(model, "other"); set_adapter(alone, "other")
+same(model(images[0]), alone(images[0]))
+dist.destroy_process_group()
+print("agreed")
+"""
+
+
+def test_fsdp2_with_two_processes_trains_switches_and_disables(tmp_path):
+    root = Path(__file__).parent.parent
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", FSDP_WORKER, str(rank), str(tmp_path / "store")],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    outputs = [worker.communicate(timeout=120)[0] for worker in workers]
+    assert [output.strip().splitlines()[-1] for output in outputs] == ["agreed"] * 2, outputs
