@@ -17,6 +17,7 @@ from types import ModuleType
 import torch
 
 from svp_peft.errors import BackendError, InputError
+from svp_peft.ops import reference
 
 BACKENDS = ("reference", "cpu", "cuda", "triton", "mamba_ssm")
 
@@ -59,7 +60,10 @@ def choose(backend: str | None, device: torch.device, dtype: torch.dtype) -> str
         InputError: `backend` is no backend's name.
         BackendError: the backend was named, here or by `set_backend`, and cannot run.
     """
-    name = _known(_default if backend is None else backend)
+    return _decide(_known(_default if backend is None else backend), device, dtype)
+
+
+def _decide(name: str, device: torch.device, dtype: torch.dtype) -> str:
     if name == "reference":
         return name
     if name != "auto":
@@ -82,6 +86,12 @@ def choose(backend: str | None, device: torch.device, dtype: torch.dtype) -> str
     return "reference"
 
 
+# finding the answer imports and builds backends, which cannot be traced: a compiler calls the
+# function and takes its answer as a constant. This is what torch.compiler.assume_constant_result
+# sets; calling that would import the compiler, and triton with it
+_decide._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def kernels(name: str) -> ModuleType:
     """The package of one backend; it is imported when first asked for."""
     module = _loaded.get(name)
@@ -90,7 +100,7 @@ def kernels(name: str) -> ModuleType:
     return module
 
 
-_loaded: dict[str, ModuleType] = {}
+_loaded: dict[str, ModuleType] = {"reference": reference}
 
 
 def _known(name: str) -> str:
