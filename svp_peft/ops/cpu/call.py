@@ -26,7 +26,10 @@ class Call:
         self._fields += values
 
     def rows(self, tensor: Tensor | None) -> None:
-        """A field of type Rows: (batch, L, columns), copied unless its columns lie side by side."""
+        """A field of type Rows: (batch, L, columns), copied unless its columns lie side by side.
+
+        A tensor that the kernel writes to must have them so: it would write to the copy.
+        """
         if tensor is None:
             self._fields += (0, 0, 0)
             return
@@ -37,17 +40,19 @@ class Call:
             )
         if tensor.stride(2) != 1 and tensor.shape[2] != 1:
             tensor = tensor.contiguous()
-            self._kept.append(tensor)
+        self._kept.append(tensor)
         self._fields += (tensor.data_ptr(), tensor.stride(0), tensor.stride(1))
 
     def parameters(self, *tensors: Tensor | None) -> None:
         """Pointer fields: parameters of any float dtype, read as contiguous float32."""
         for tensor in tensors:
-            if tensor is not None:
-                if tensor.dtype != torch.float32 or not tensor.is_contiguous():
-                    tensor = tensor.detach().to(torch.float32).contiguous()
-                    self._kept.append(tensor)
-            self._fields.append(0 if tensor is None else tensor.data_ptr())
+            if tensor is None:
+                self._fields.append(0)
+                continue
+            if tensor.dtype != torch.float32 or not tensor.is_contiguous():
+                tensor = tensor.detach().to(torch.float32).contiguous()
+            self._kept.append(tensor)
+            self._fields.append(tensor.data_ptr())
 
     def run(self, name: str, factor: float = 1.0) -> None:
         """Call the kernel; it returns when its work is done. `factor` is its one float argument."""

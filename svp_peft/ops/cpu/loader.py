@@ -89,8 +89,8 @@ def cache_directories() -> Iterator[Path]:
     except RuntimeError:  # no home directory
         pass
     # anyone may write to the temporary directory, and what is loaded from there runs as this user
-    shared = Path(tempfile.gettempdir()) / f"svp_peft-{os.getuid()}"
     try:
+        shared = Path(tempfile.gettempdir()) / f"svp_peft-{os.getuid()}"
         shared.mkdir(mode=0o700, exist_ok=True)
         found = shared.lstat()
         private = stat.S_ISDIR(found.st_mode) and not found.st_mode & 0o077
@@ -203,7 +203,7 @@ def _build(scratch: str, sources: list[Path], flags: list[str], compiler: Path) 
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            env=os.environ | {"PATH": path},
+            env=os.environ | {"PATH": path, "LC_ALL": "C"},
             cwd=scratch,
             timeout=_PATIENCE,
         )

@@ -16,17 +16,15 @@ def add_norm(
     rms: bool,
     residual_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """`svp_peft.ops.reference.add_norm`, without a derivative."""
+    """`svp_peft.ops.reference.add_norm`, without a derivative; any number of axes before d_model."""
     y, total = hidden.new_empty(hidden.shape), hidden.new_empty(hidden.shape)
-    if residual is not None:
-        residual = residual.to(torch.float32)
     call = Call()
-    call.numbers(*hidden.shape, rms)
-    for tensor in (hidden, residual):
-        call.rows(tensor)
+    call.numbers(*_tokens(hidden).shape, rms)
+    call.rows(_tokens(hidden))
+    call.rows(None if residual is None else _tokens(residual.to(torch.float32)))
     call.parameters(weight, bias)
     for tensor in (y, total):
-        call.rows(tensor)
+        call.rows(_tokens(tensor))
     if hidden.numel() > 0:
         call.run("svp_norm_forward", eps)
     return y, total.to(residual_dtype)
@@ -56,18 +54,22 @@ def add_norm_backward(
     """
     total = residual_out.to(torch.float32)
     d_total = torch.empty_like(total, memory_format=torch.contiguous_format)
-    parameter = {"dtype": torch.float32, "device": total.device}
-    d_weight = torch.empty(weight.shape, **parameter) if need_weight else None
-    d_bias = torch.empty(weight.shape, **parameter) if need_bias else None
+    d_weight = total.new_empty(weight.shape) if need_weight else None
+    d_bias = total.new_empty(weight.shape) if need_bias else None
     call = Call()
-    call.numbers(*total.shape, rms)
-    call.rows(grad_y.to(torch.float32))
-    call.rows(None if grad_residual_out is None else grad_residual_out.to(torch.float32))
-    call.rows(total)
+    call.numbers(*_tokens(total).shape, rms)
+    for tensor in (grad_y, grad_residual_out):
+        call.rows(None if tensor is None else _tokens(tensor.to(torch.float32)))
+    call.rows(_tokens(total))
     call.parameters(weight)
-    call.rows(d_total)
+    call.rows(_tokens(d_total))
     call.parameters(d_weight, d_bias)
     if total.numel() > 0:
         call.run("svp_norm_backward", eps)
     d_residual = None if residual_in_dtype is None else d_total.to(residual_in_dtype)
     return d_total.to(hidden_dtype), d_residual, d_weight, d_bias
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """(..., d_model) as the kernels' (batch, L, d_model)."""
+    return x if x.dim() == 3 else x.reshape(1, -1, x.shape[-1])

@@ -114,14 +114,13 @@ def scan_backward(
     call.run("svp_scan_backward", scale)
 
     d_weight = []
-    for k in range(directions if low_rank else 0):
+    for k, weight in enumerate(dt_weight or ()):
         flat = d_delta[k].view(batch * length, d_inner)
         if need.dt and ddt is not None:
-            rank = ddt[k].shape[2]
-            weight = dt_weight[k].to(torch.float32)
-            torch.mm(flat, weight, out=ddt[k].view(batch * length, rank))
+            rows = ddt[k].view(batch * length, weight.shape[1])
+            torch.mm(flat, weight.to(torch.float32), out=rows)
         if need.dt_weight:
-            d_weight.append(torch.mm(flat.T, dt[k].reshape(batch * length, -1)))
+            d_weight.append(torch.mm(flat.T, dt[k].reshape(batch * length, weight.shape[1])))
     return ScanGrads(
         du=du,
         ddt=ddt if need.dt else None,
