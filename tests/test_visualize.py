@@ -23,6 +23,7 @@ from svp_peft.visualize import (
     scale_profile,
 )
 from svp_peft.visualize.gates import mixer_gates
+from tests.test_vim_adopt import fork_of
 
 CLASS_TOKENS = {
     "none": {"if_cls_token": False, "final_pool_type": "mean"},
@@ -251,7 +252,7 @@ def test_a_compiled_or_wrapped_model_gives_the_maps_of_the_plain_one(images):
 
 def test_an_adopted_fork_model_gives_the_same_maps(images):
     model = vim()
-    adopted = sp.VisionMamba.from_model(model)
+    adopted = sp.VisionMamba.from_model(fork_of(model)).eval()
     torch.manual_seed(1)
     expected = gate_maps(patched(model), images)
     torch.manual_seed(1)
