@@ -65,31 +65,38 @@ def mixer(
 
 
 class _Mixer(torch.autograd.Function):
-    """`forward_pass` with `backward_pass` as its derivative."""
+    """Eager mode. `forward` takes ctx: with a setup_context, torch binds the arguments to the
+    signature at every call, which costs more than several launches."""
 
     @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        return forward_pass(*arguments)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, ctx.scale, ctx.dtype, ctx.backend, ctx.keep = inputs
-        ctx.num_inputs = len(tensors)
-        ctx.save_for_backward(*tensors, *output[1:])
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        output = forward_pass(*arguments)
+        _remember(ctx, arguments, output)
+        return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        if grad is None:
-            return (None,) * (ctx.num_inputs + 4)
-        tensors = ctx.saved_tensors
-        (hidden, *weights), saved = tensors[: ctx.num_inputs], list(tensors[ctx.num_inputs :])
-        needs = list(ctx.needs_input_grad[: ctx.num_inputs])
-        settings = (ctx.scale, ctx.dtype, ctx.backend, ctx.keep)
-        run = _mixer_backward_op if torch.compiler.is_compiling() else backward_pass
-        found = iter(run(grad, hidden, needs, saved, *weights, *settings))
-        return (*(next(found) if wanted else None for wanted in needs), *(None,) * 4)
+        return _gradients(ctx, backward_pass, grad)
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """`forward_pass` with `backward_pass` as its derivative: what the latter needs."""
+    *tensors, ctx.scale, ctx.dtype, ctx.backend, ctx.keep = inputs
+    ctx.num_inputs = len(tensors)
+    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, run: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * (ctx.num_inputs + 4)
+    tensors = ctx.saved_tensors
+    (hidden, *weights), saved = tensors[: ctx.num_inputs], list(tensors[ctx.num_inputs :])
+    needs = list(ctx.needs_input_grad[: ctx.num_inputs])
+    settings = (ctx.scale, ctx.dtype, ctx.backend, ctx.keep)
+    found = iter(run(grad, hidden, needs, saved, *weights, *settings))
+    return (*(next(found) if wanted else None for wanted in needs), *(None,) * 4)
 
 
 # what follows names the functions above for the compiler; the schema is written out because it is
@@ -150,4 +157,8 @@ def _(
     ]
 
 
-_mixer_op.register_autograd(_Mixer.backward, setup_context=_Mixer.setup_context)
+def _op_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    return _gradients(ctx, _mixer_backward_op, grad)
+
+
+_mixer_op.register_autograd(_op_backward, setup_context=_remember)

@@ -18,6 +18,8 @@ def add_norm(
     eps: float = 1e-5,
     rms: bool = True,
     residual_dtype: torch.dtype | None = None,
+    drop_mask: Tensor | None = None,
+    drop_scale: float = 1.0,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Add the block's input to the residual stream and normalise the sum.
@@ -31,6 +33,8 @@ def add_norm(
         eps: added to the mean square (rms) or the variance (LayerNorm).
         rms: RMSNorm if true, else LayerNorm.
         residual_dtype: dtype of the returned residual; None keeps the residual's, or hidden's.
+        drop_mask, drop_scale: stochastic depth: hidden is first multiplied by
+            drop_mask * drop_scale, image by image. drop_mask is float32 (batch,).
         backend: see `svp_peft.set_backend`; None takes the process default.
 
     Returns:
@@ -42,13 +46,18 @@ def add_norm(
     if residual_dtype is None:
         residual_dtype = hidden.dtype if residual is None else residual.dtype
     name = choose(backend, hidden.device, hidden.dtype)
+    if drop_mask is not None and (name != "cuda" or torch.compiler.is_compiling()):
+        keep = (drop_mask * drop_scale).to(hidden.dtype)
+        hidden, drop_mask = hidden * keep.view(-1, *[1] * (hidden.dim() - 1)), None
     if not hasattr(kernels(name), "add_norm_backward"):
         with torch.autocast(hidden.device.type, enabled=False):
             return reference.add_norm(
                 hidden, residual, weight, bias, eps=eps, rms=rms, residual_dtype=residual_dtype
             )
-    run: Any = _add_norm_op if torch.compiler.is_compiling() else _AddNorm.apply
-    return run(hidden, residual, weight, bias, eps, rms, residual_dtype, name)
+    arguments = (hidden, residual, weight, bias, eps, rms, residual_dtype, name)
+    if torch.compiler.is_compiling():
+        return _add_norm_op(*arguments)  # type: ignore[no-any-return]
+    return _AddNorm.apply(*arguments, drop_mask, drop_scale)  # type: ignore[no-any-return]
 
 
 def _forward(
@@ -60,9 +69,10 @@ def _forward(
     rms: bool,
     residual_dtype: torch.dtype,
     backend: str,
+    **mask: Any,
 ) -> tuple[Tensor, Tensor]:
-    return kernels(backend).add_norm(
-        hidden, residual, weight, bias, eps=eps, rms=rms, residual_dtype=residual_dtype
+    return kernels(backend).add_norm(  # type: ignore[no-any-return]
+        hidden, residual, weight, bias, eps=eps, rms=rms, residual_dtype=residual_dtype, **mask
     )
 
 
@@ -77,6 +87,7 @@ def _backward(
     hidden_dtype: torch.dtype,
     residual_dtype: torch.dtype | None,
     backend: str,
+    **mask: Any,
 ) -> list[Tensor]:
     """Gradients of (hidden, residual, weight, bias), those that `needs` asks for."""
     if grad is None:
@@ -92,6 +103,7 @@ def _backward(
         need_bias=needs[3],
         hidden_dtype=hidden_dtype,
         residual_in_dtype=residual_dtype if needs[1] else None,
+        **mask,
     )
     return [g for g, wanted in zip(found, needs, strict=True) if wanted and g is not None]
 
@@ -104,43 +116,55 @@ def _backward_apart(*arguments: Any) -> list[Tensor]:
     return gradients
 
 
+def _forward_op(*arguments: Any) -> tuple[Tensor, Tensor]:
+    return _forward(*arguments)
+
+
 class _AddNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-        return _forward(*arguments)
+    """Eager mode. `forward` takes ctx: with a setup_context, torch binds the arguments to the
+    signature at every call, which costs more than the launch of the kernel."""
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        hidden, residual, weight, bias, ctx.eps, ctx.rms, _, ctx.backend = inputs
-        ctx.dtypes = (hidden.dtype, None if residual is None else residual.dtype)
-        ctx.parameter_dtypes = (weight.dtype, None if bias is None else bias.dtype)
-        ctx.save_for_backward(output[1], weight)
-        ctx.set_materialize_grads(False)
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        *inputs, mask, mask_scale = arguments
+        ctx.mask = {} if mask is None else {"mask": mask, "mask_scale": mask_scale}
+        output = _forward(*inputs, **ctx.mask)
+        _remember(ctx, tuple(inputs), output)
+        return output
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, grad_total: Tensor | None) -> tuple[Any, ...]:
-        if grad is None and grad_total is None:
-            return (None,) * 8
-        total, weight = ctx.saved_tensors
-        needs = list(ctx.needs_input_grad[:4])
-        run: Any = _backward_op if torch.compiler.is_compiling() else _backward
-        found = iter(
-            run(
-                grad, grad_total, total, weight, needs,
-                ctx.eps, ctx.rms, *ctx.dtypes, ctx.backend,
-            )
-        )  # fmt: skip
-        dtypes = (*ctx.dtypes, *ctx.parameter_dtypes)
-        gradients = [
-            next(found).to(dtype) if wanted else None
-            for wanted, dtype in zip(needs, dtypes, strict=True)
-        ]
-        return (*gradients, None, None, None, None)
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        return (*_gradients(ctx, _backward, *grads, **ctx.mask), None, None)
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    hidden, residual, weight, bias, ctx.eps, ctx.rms, _, ctx.backend = inputs
+    ctx.dtypes = (hidden.dtype, None if residual is None else residual.dtype)
+    ctx.parameter_dtypes = (weight.dtype, None if bias is None else bias.dtype)
+    ctx.save_for_backward(output[1], weight)
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(
+    ctx: Any, run: Any, grad: Tensor | None, grad_total: Tensor | None, **mask: Any
+) -> tuple[Any, ...]:
+    if grad is None and grad_total is None:
+        return (None,) * 8
+    total, weight = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[:4])
+    settings = (ctx.eps, ctx.rms, *ctx.dtypes, ctx.backend)
+    found = iter(run(grad, grad_total, total, weight, needs, *settings, **mask))
+    dtypes = (*ctx.dtypes, *ctx.parameter_dtypes)
+    gradients = [
+        next(found).to(dtype) if wanted else None
+        for wanted, dtype in zip(needs, dtypes, strict=True)
+    ]
+    return (*gradients, None, None, None, None)
 
 
 _add_norm_op = torch.library.custom_op(
     "svp_peft::add_norm",
-    _forward,
+    _forward_op,
     mutates_args=(),
     schema="(Tensor hidden, Tensor? residual, Tensor weight, Tensor? bias, float eps, bool rms, "
     "ScalarType residual_dtype, str backend) -> (Tensor, Tensor)",
@@ -182,4 +206,8 @@ def _(
     ]
 
 
-_add_norm_op.register_autograd(_AddNorm.backward, setup_context=_AddNorm.setup_context)
+def _op_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    return _gradients(ctx, _backward_op, *grads)
+
+
+_add_norm_op.register_autograd(_op_backward, setup_context=_remember)

@@ -10,6 +10,7 @@ from torch import Tensor
 from svp_peft.ops import reference
 from svp_peft.ops.backends import choose, kernels
 from svp_peft.ops.casting import cast, compute_dtype
+from svp_peft.ops.prompt_joint import JointPrompt
 
 # up to this many elements of x the pre-activations are kept for the backward pass; beyond it they
 # are computed again, which costs three small products and saves two tensors of x's size per block
@@ -63,7 +64,11 @@ def svp_prompt(
     dropping = training and dropout > 0
     fused = hasattr(kernels(name), "prompt_backward") and not torch.compiler.is_compiling()
     if fused and not dropping and cross_weight is not None and down_weight is not None:
-        return _Prompt.apply(x, *tensors, tuple(skip), _product_dtype(x, cross_weight), name)
+        settings = (tuple(skip), product, name)
+        if hasattr(kernels(name), "prompt_backward_into"):
+            keep = x.numel() <= _KEEP_PRE_ACTIVATIONS
+            return JointPrompt.apply(x, *tensors, *settings, keep)
+        return _Prompt.apply(x, *tensors, *settings)
     drop = _dropout(dropout) if dropping else None
     tokens = x if torch.is_autocast_enabled(x.device.type) else x.to(_parameter_dtype(x, tensors))
     cross = None if cross_weight is None else F.linear(tokens, cross_weight, cross_bias)

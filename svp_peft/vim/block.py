@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 from torch import Tensor, nn
 
@@ -52,8 +54,19 @@ class DropPath(nn.Module):
         mask = x.new_empty((x.shape[0],) + (1,) * (x.dim() - 1)).bernoulli_(keep)
         return x * (mask / keep if keep > 0.0 else mask)
 
+    def draw(self, x: Tensor) -> Tensor | None:
+        """Which samples of x stay, float32 (batch,) of zeros and ones; None where all do."""
+        if not self.training or not 0.0 < self.drop_prob < 1.0:
+            return None
+        return torch.empty(x.shape[0], device=x.device).bernoulli_(1.0 - self.drop_prob)
+
     def extra_repr(self) -> str:
         return f"drop_prob={self.drop_prob}"
+
+
+def _is_bare_drop(module: nn.Module | None) -> TypeGuard[DropPath]:
+    """Whether this is stochastic depth and nothing else: no subclass, no hook."""
+    return type(module) is DropPath and not (module._forward_hooks or module._forward_pre_hooks)
 
 
 def drop_path(rate: float) -> nn.Module:
@@ -73,6 +86,7 @@ def add_norm(
     *,
     fused: bool,
     residual_in_fp32: bool,
+    dropping: nn.Module | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Add `hidden` to the residual stream and normalise the sum.
 
@@ -80,11 +94,21 @@ def add_norm(
     result has hidden's dtype. Otherwise: the rounded sum, cast to the norm's dtype. Both hold in
     hustvl/Vim; they differ in half precision only. A norm that is wrapped is always called.
 
+    Args:
+        dropping: stochastic depth, applied to `hidden` before it is added. On a GPU the fused op
+            does it on the way.
+
     Returns:
         The normalised sum and the residual. `residual_in_fp32` keeps the latter in float32
         (float64 stays as it is).
     """
     bare = is_bare(norm, RMSNorm) or is_bare(norm, nn.LayerNorm)
+    mask, scale = None, 1.0
+    if fused and bare and hidden.is_cuda and _is_bare_drop(dropping):
+        mask = dropping.draw(hidden)
+        scale = 1.0 if mask is None else 1.0 / (1.0 - dropping.drop_prob)
+    elif dropping is not None:
+        hidden = dropping(hidden)
     if fused and bare and isinstance(norm, RMSNorm | nn.LayerNorm):
         residual_dtype = hidden.dtype if residual is None else residual.dtype
         if residual is None and residual_in_fp32:
@@ -97,6 +121,8 @@ def add_norm(
             eps=norm.eps,
             rms=isinstance(norm, RMSNorm),
             residual_dtype=residual_dtype,
+            drop_mask=mask,
+            drop_scale=scale,
         )
     total = hidden if residual is None else residual + hidden
     weight = getattr(norm, "weight", None)
@@ -144,12 +170,13 @@ class Block(nn.Module):
             The mixer's output and the new residual, which does not contain it yet.
         """
         # the first block's input is the image itself and is never dropped
-        hidden = hidden_states if residual is None else self.drop_path(hidden_states)
+        dropping = None if residual is None else self.drop_path
         normed, residual = add_norm(
-            hidden,
+            hidden_states,
             residual,
             self.norm,
             fused=self.fused_add_norm,
             residual_in_fp32=self.residual_in_fp32,
+            dropping=dropping,
         )
         return self.mixer(normed, inference_params=inference_params), residual

@@ -370,14 +370,14 @@ class VisionMamba(nn.Module):
 
     def _final_norm(self, hidden: Tensor, residual: Tensor | None) -> Tensor:
         # without a fused norm the official code does not drop a stack that has no block
-        if self.fused_add_norm or residual is not None:
-            hidden = self.drop_path(hidden)
+        dropping = self.drop_path if self.fused_add_norm or residual is not None else None
         return add_norm(
             hidden,
             residual,
             self.norm_f,
             fused=self.fused_add_norm,
             residual_in_fp32=self.residual_in_fp32,
+            dropping=dropping,
         )[0]
 
 

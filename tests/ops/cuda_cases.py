@@ -70,8 +70,8 @@ def scan_case(
         for slab in x_dbl:
             slab[..., :width] = slab[..., :width].abs() * 0.1
         weight = tuple(w.abs() for w in weight)
-        centre = centre.abs() * 0.01
-    z = activation(normal(batch, length, 2 * channels))[..., channels:] * 2
+        centre = centre.abs() * 0.01 + 0.5  # the bias below stays positive
+    z = activation(2 * normal(batch, length, 2 * channels))[..., channels:]
     arguments = (
         tuple(activation(normal(batch, length, channels)) for _ in each),
         tuple(slab[..., :width] for slab in x_dbl),

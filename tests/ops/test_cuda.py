@@ -103,7 +103,7 @@ def test_every_gradient_is_right_at_every_length(length: int, dtype: torch.dtype
 
 
 SIZES = [
-    (1, 1, 16, 1),
+    (1, 2, 16, 2),
     (3, 5, 8, 3),
     (2, 33, 32, 4),
     (1, 130, 64, 7),

@@ -3,7 +3,7 @@
 //
 // Macros: HIDDEN_T, RESIDUAL_IN_T, RESIDUAL_T, W_T, BIAS_T (types of hidden and y, of the residual
 // read and of the residual written, of weight and bias), D_MODEL, PACK (elements of one access, divides
-// D_MODEL), HAS_RESIDUAL, HAS_BIAS, RMS; backward: HAS_GRAD_RESIDUAL, NEED_WEIGHT, NEED_BIAS.
+// D_MODEL), HAS_RESIDUAL, HAS_BIAS, HAS_MASK, RMS; backward: HAS_GRAD_RESIDUAL, NEED_WEIGHT, NEED_BIAS.
 #include "common.cuh"
 
 constexpr int WARPS = 4;
@@ -20,8 +20,9 @@ struct Args {
   const RESIDUAL_T* grad_total;  // backward: gradient of residual_out, or null
   RESIDUAL_IN_T* dresidual;      // backward, or null
   float* partial;                // backward: [block][2][D_MODEL], gradients of weight and bias
-  int tokens;
-  float eps;
+  const float* mask;             // one number per image that hidden is multiplied with, or null
+  int tokens, length;            // length: tokens of an image
+  float eps, mask_scale;
 };
 static_assert(sizeof(Args) == ARGS_BYTES, "the launcher packs exactly these fields");
 
@@ -75,6 +76,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
   const i64 row = (i64)token * D_MODEL;
   float total[ACCESSES][PACK], weight[ACCESSES][PACK];
   read_row(args.hidden + row, lane, total);
+  if constexpr (HAS_MASK) {
+    const float keep = args.mask[token / args.length] * args.mask_scale;
+    EACH(i, p) total[i][p] *= keep;
+  }
   if constexpr (HAS_RESIDUAL) {
     float before[ACCESSES][PACK];
     read_row(args.residual + row, lane, before);
@@ -121,8 +126,12 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
       read_row(args.grad_total + row, lane, total);
       EACH(i, p) grad[i][p] += total[i][p];
     }
-    write_row(args.y + row, lane, grad);
     if constexpr (HAS_RESIDUAL) write_row(args.dresidual + row, lane, grad);
+    if constexpr (HAS_MASK) {
+      const float keep = args.mask[token / args.length] * args.mask_scale;
+      EACH(i, p) grad[i][p] *= keep;
+    }
+    write_row(args.y + row, lane, grad);
   }
   if constexpr (NEED_WEIGHT || NEED_BIAS) {
     __shared__ float rows[WARPS][2][D_MODEL];

@@ -8,7 +8,7 @@ from torch import Tensor
 from svp_peft.ops.cuda.kernels import CPP_TYPE, Kernel, multiprocessors
 from svp_peft.ops.cuda.layout import device_index, element_size, pack_of, parameter
 
-_LAYOUT = "9Qif"
+_LAYOUT = "10Q2i2f"
 _WARPS = 4
 
 
@@ -21,8 +21,14 @@ def add_norm(
     eps: float,
     rms: bool,
     residual_dtype: torch.dtype,
+    mask: Tensor | None = None,
+    mask_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """See `svp_peft.ops.reference.add_norm`: (y, residual_out), both (..., d_model)."""
+    """See `svp_peft.ops.reference.add_norm`: (y, residual_out), both (..., d_model).
+
+    Args:
+        mask: float32 (batch,): hidden is multiplied by mask * mask_scale, image by image.
+    """
     hidden = hidden.contiguous()
     residual = None if residual is None else residual.contiguous()
     weight, bias = parameter(weight), None if bias is None else parameter(bias)
@@ -35,14 +41,15 @@ def add_norm(
     pack = _pack(width, hidden, residual, weight, bias)
     kernel = _kernel(
         "add_norm_forward", device_index(hidden), width, pack, rms, bias is not None,
-        residual is not None, False, False, False,
+        residual is not None, mask is not None, False, False, False,
         *_types(hidden.dtype, None if residual is None else residual.dtype, residual_dtype),
         *_types(weight.dtype, None if bias is None else bias.dtype),
     )  # fmt: skip
     kernel(
         (-(-tokens // _WARPS), 1, 1),
         hidden.data_ptr(), _address(residual), weight.data_ptr(), _address(bias),
-        y.data_ptr(), total.data_ptr(), 0, 0, 0, tokens, eps,
+        y.data_ptr(), total.data_ptr(), 0, 0, 0, _address(mask), tokens,
+        hidden.shape[-2] if mask is not None else 1, eps, mask_scale,
     )  # fmt: skip
     return y, total
 
@@ -59,10 +66,12 @@ def add_norm_backward(
     need_bias: bool,
     hidden_dtype: torch.dtype,
     residual_in_dtype: torch.dtype | None,
+    mask: Tensor | None = None,
+    mask_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of `add_norm`: dhidden, dresidual (None without a residual), dweight, dbias.
 
-    Where both have one dtype, dhidden and dresidual are the same tensor.
+    Where both have one dtype and there is no mask, dhidden and dresidual are the same tensor.
     """
     grad_y = grad_y.to(hidden_dtype).contiguous()
     residual_out = residual_out.contiguous()
@@ -71,7 +80,8 @@ def add_norm_backward(
     weight = parameter(weight)
     dhidden = torch.empty_like(grad_y)
     dresidual = None
-    if residual_in_dtype is not None and residual_in_dtype != hidden_dtype:
+    same = residual_in_dtype == hidden_dtype and mask is None
+    if residual_in_dtype is not None and not same:
         dresidual = torch.empty_like(grad_y, dtype=residual_in_dtype)
     width = grad_y.shape[-1]
     tokens = grad_y.numel() // max(1, width)
@@ -85,17 +95,18 @@ def add_norm_backward(
         kernel = _kernel(
             "add_norm_backward", index, width,
             _pack(width, grad_y, grad_residual_out, residual_out, weight),
-            rms, False, dresidual is not None, grad_residual_out is not None, need_weight,
-            need_bias, *_types(hidden_dtype, residual_in_dtype, residual_out.dtype),
+            rms, False, dresidual is not None, mask is not None, grad_residual_out is not None,
+            need_weight, need_bias, *_types(hidden_dtype, residual_in_dtype, residual_out.dtype),
             *_types(weight.dtype, None),
         )  # fmt: skip
         kernel(
             (blocks, 1, 1),
             grad_y.data_ptr(), 0, weight.data_ptr(), 0, dhidden.data_ptr(),
             residual_out.data_ptr(), _address(grad_residual_out), _address(dresidual),
-            _address(partial), tokens, eps,
+            _address(partial), _address(mask), tokens,
+            grad_y.shape[-2] if mask is not None else 1, eps, mask_scale,
         )  # fmt: skip
-    if residual_in_dtype == hidden_dtype:
+    if same:
         dresidual = dhidden
     if partial is None:
         return dhidden, dresidual, None, None
@@ -125,6 +136,7 @@ def _kernel(
     rms: bool,
     has_bias: bool,
     has_residual: bool,
+    has_mask: bool,
     has_grad_residual: bool,
     need_weight: bool,
     need_bias: bool,
@@ -145,6 +157,7 @@ def _kernel(
         "RMS": rms,
         "HAS_BIAS": has_bias,
         "HAS_RESIDUAL": has_residual,
+        "HAS_MASK": has_mask,
         "HAS_GRAD_RESIDUAL": has_grad_residual,
         "NEED_WEIGHT": need_weight,
         "NEED_BIAS": need_bias,

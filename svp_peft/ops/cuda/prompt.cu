@@ -12,8 +12,8 @@ struct Args {
   const ACT *x, *cross, *inner;  // backward: x is the gradient of out
   const float *alpha, *beta;
   ACT *out, *dcross, *dinner;
-  float* partial;  // backward: [block][2][D_MODEL], gradients of alpha and beta
-  int tokens, length, cross_row, inner_row;
+  float* partial;  // backward: [block][4][D_MODEL], sums for alpha, beta, and biases of cross, inner
+  int tokens, length, cross_row, inner_row, dcross_row;
 };
 static_assert(sizeof(Args) == ARGS_BYTES, "the launcher packs exactly these fields");
 
@@ -49,56 +49,65 @@ extern "C" __global__ void __launch_bounds__(256) prompt_forward(const __grid_co
   *(Elements*)(args.out + (i64)token * D_MODEL + column) = x;
 }
 
-// A block is ROWS tokens wide; its threads keep one column group each, so that the gradients of the
-// scales add up in registers.
-constexpr int ROWS = LANES >= 128 ? 1 : 128 / LANES;
+// Beside the gradients of cross and inner, the sums over tokens of what arrives at the scales and at
+// the biases in front of the activations. A thread keeps one group of columns, so that these add up in
+// registers; a block takes ROWS tokens at once.
+constexpr int ROWS = LANES >= 192 ? 1 : 192 / LANES;
 constexpr int THREADS = ROWS * LANES < 1024 ? ROWS * LANES : 1024;
+constexpr int WIDE = THREADS / ROWS;  // threads per token; below LANES only for very wide models
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     prompt_backward(const __grid_constant__ Args args) {
-  __shared__ float sums[2][ROWS][D_MODEL];
-  for (int lane0 = 0; lane0 < LANES; lane0 += THREADS / ROWS) {
-    const int lane = lane0 + threadIdx.x % (THREADS / ROWS), row = threadIdx.x / (THREADS / ROWS);
-    const int column = lane * PACK;
-    if (lane < LANES) {
-      float dalpha[PACK], dbeta[PACK], alpha[PACK], beta[PACK];
+  __shared__ float sums[4][ROWS][WIDE * PACK];
+  const int row = threadIdx.x / WIDE;
+  for (int first = 0; first < LANES; first += WIDE) {
+    const int lane = first + threadIdx.x % WIDE, column = lane * PACK;
+    float total[4][PACK], alpha[PACK], beta[PACK];  // of alpha, beta, cross, inner
 #pragma unroll
-      for (int p = 0; p < PACK; p++) {
-        dalpha[p] = dbeta[p] = 0.f;
-        alpha[p] = HAS_CROSS ? args.alpha[column + p] : 0.f;
-        beta[p] = HAS_INNER ? args.beta[column + p] : 0.f;
-      }
+    for (int p = 0; p < PACK; p++) {
+      total[0][p] = total[1][p] = total[2][p] = total[3][p] = 0.f;
+      alpha[p] = HAS_CROSS && lane < LANES ? args.alpha[column + p] : 0.f;
+      beta[p] = HAS_INNER && lane < LANES ? args.beta[column + p] : 0.f;
+    }
+    if (lane < LANES) {
+#pragma unroll 2
       for (int token = blockIdx.x * ROWS + row; token < args.tokens; token += gridDim.x * ROWS) {
         const int t = token % args.length;
         const bool kept = !(IS_SKIPPED(t));
-        const i64 at = (i64)token * D_MODEL + column;
-        const Elements g = *(const Elements*)(args.x + at);
-        auto one = [&](const ACT* from, int from_row, const float* scale, float* dscale, ACT* to) {
+        const Elements g = *(const Elements*)(args.x + (i64)token * D_MODEL + column);
+        auto one = [&](const ACT* from, int from_row, const float* scale, float* dscale, float* dbias,
+                       ACT* to, int to_row) {
           const Elements e = *(const Elements*)(from + (i64)token * from_row + column);
           Elements result;
 #pragma unroll
           for (int p = 0; p < PACK; p++) {
             const float v = widen(e.v[p]), s = sigmoid(v), grad = kept ? widen(g.v[p]) : 0.f;
+            const float before = grad * scale[p] * silu_slope(v, s);
             dscale[p] = fmaf(grad, v * s, dscale[p]);
-            narrow(grad * scale[p] * silu_slope(v, s), result.v[p]);
+            dbias[p] += before;
+            narrow(before, result.v[p]);
           }
-          *(Elements*)(to + at) = result;
+          *(Elements*)(to + (i64)token * to_row + column) = result;
         };
-        if constexpr (HAS_CROSS) one(args.cross, args.cross_row, alpha, dalpha, args.dcross);
-        if constexpr (HAS_INNER) one(args.inner, args.inner_row, beta, dbeta, args.dinner);
-      }
-#pragma unroll
-      for (int p = 0; p < PACK; p++) {
-        sums[0][row][column + p] = dalpha[p];
-        sums[1][row][column + p] = dbeta[p];
+        if constexpr (HAS_CROSS)
+          one(args.cross, args.cross_row, alpha, total[0], total[2], args.dcross, args.dcross_row);
+        if constexpr (HAS_INNER)
+          one(args.inner, args.inner_row, beta, total[1], total[3], args.dinner, D_MODEL);
       }
     }
-  }
-  __syncthreads();
-  for (int i = threadIdx.x; i < 2 * D_MODEL; i += THREADS) {
-    float total = 0.f;
+    __syncthreads();
 #pragma unroll
-    for (int r = 0; r < ROWS; r++) total += sums[i / D_MODEL][r][i % D_MODEL];
-    args.partial[(i64)blockIdx.x * 2 * D_MODEL + i] = total;
+    for (int k = 0; k < 4; k++)
+#pragma unroll
+      for (int p = 0; p < PACK; p++) sums[k][row][threadIdx.x % WIDE * PACK + p] = total[k][p];
+    __syncthreads();
+    for (int i = threadIdx.x; i < 4 * WIDE * PACK; i += THREADS) {
+      const int k = i / (WIDE * PACK), c = i % (WIDE * PACK);
+      float sum = 0.f;
+#pragma unroll
+      for (int r = 0; r < ROWS; r++) sum += sums[k][r][c];
+      if (first * PACK + c < D_MODEL)
+        args.partial[((i64)blockIdx.x * 4 + k) * D_MODEL + first * PACK + c] = sum;
+    }
   }
 }

@@ -9,7 +9,7 @@ from torch import Tensor
 from svp_peft.ops.cuda.kernels import CPP_TYPE, Kernel, multiprocessors
 from svp_peft.ops.cuda.layout import device_index, element_size, pack_of, rows
 
-_LAYOUT = "3Q2Q3QQ4i"
+_LAYOUT = "3Q2Q3QQ5i4x"
 
 
 def prompt(
@@ -34,7 +34,7 @@ def prompt(
     kernel(
         (-(-threads // 256), 1, 1),
         x.data_ptr(), _address(cross), _address(inner), _address(alpha), _address(beta),
-        out.data_ptr(), 0, 0, 0, batch * length, length, cross_row, inner_row,
+        out.data_ptr(), 0, 0, 0, batch * length, length, cross_row, inner_row, 0,
     )  # fmt: skip
     return out
 
@@ -48,40 +48,61 @@ def prompt_backward(
     skip: Sequence[int],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of `prompt` with respect to cross, inner, alpha and beta; that of x is `grad`."""
-    grad = grad.contiguous()
-    batch, length, width = grad.shape
-    cross, cross_row = _laid_out(cross, grad.dtype)
-    inner, inner_row = _laid_out(inner, grad.dtype)
-    alpha, beta = _scale(alpha), _scale(beta)
-    dcross = None if cross is None else torch.empty_like(grad)
-    dinner = None if inner is None else torch.empty_like(grad)
     if cross is None and inner is None:
         return None, None, None, None
-    tokens = batch * length
-    if tokens == 0:
-        sums = torch.zeros(2, width, device=grad.device)
-    else:
-        kernel, pack = _kernel_for(
-            "prompt_backward", grad, cross, cross_row, inner, inner_row, skip
-        )
-        rows_of_block = _rows_of_block(width // pack)
-        blocks = min(-(-tokens // rows_of_block), 4 * multiprocessors(kernel.device))
-        partial = torch.empty((blocks, 2, width), device=grad.device, dtype=torch.float32)
-        kernel(
-            (blocks, 1, 1),
-            grad.data_ptr(), _address(cross), _address(inner), _address(alpha), _address(beta),
-            0, _address(dcross), _address(dinner), partial.data_ptr(),
-            tokens, length, cross_row, inner_row,
-        )  # fmt: skip
-        sums = partial.sum(0)
+    dcross = None if cross is None else torch.empty_like(grad)
+    dinner, sums = prompt_backward_into(grad, cross, inner, alpha, beta, skip, dcross)
     dalpha = None if cross is None else sums[0]
     dbeta = None if inner is None else sums[1]
     return dcross, dinner, dalpha, dbeta
 
 
+def prompt_backward_into(
+    grad: Tensor,
+    cross: Tensor | None,
+    inner: Tensor | None,
+    alpha: Tensor | None,
+    beta: Tensor | None,
+    skip: Sequence[int],
+    dcross: Tensor | None,
+) -> tuple[Tensor | None, Tensor]:
+    """`prompt_backward` with the gradient of cross written into a view of the caller.
+
+    Args:
+        dcross: (batch, L, d_model) view with equally spaced rows; None where cross is None.
+
+    Returns:
+        The gradient of inner, and float32 sums over all tokens (4, d_model): the gradients of
+        alpha and beta, and the sums of the gradients of cross and inner, which are those of the
+        biases in front of the activations.
+    """
+    grad = grad.contiguous()
+    batch, length, width = grad.shape
+    cross, cross_row = _laid_out(cross, grad.dtype)
+    inner, inner_row = _laid_out(inner, grad.dtype)
+    alpha, beta = _scale(alpha), _scale(beta)
+    dinner = None if inner is None else torch.empty_like(grad)
+    dcross_row = width if dcross is None else rows(dcross)[1]
+    tokens = batch * length
+    if tokens == 0:
+        return dinner, torch.zeros(4, width, device=grad.device)
+    kernel, pack = _kernel_for(
+        "prompt_backward", grad, cross, cross_row, inner, inner_row, skip, dcross_row, dcross
+    )
+    blocks = min(-(-tokens // _rows_of_block(width // pack)), 4 * multiprocessors(kernel.device))
+    partial = torch.empty((blocks, 4, width), device=grad.device, dtype=torch.float32)
+    kernel(
+        (blocks, 1, 1),
+        grad.data_ptr(), _address(cross), _address(inner), _address(alpha), _address(beta),
+        0, _address(dcross), _address(dinner), partial.data_ptr(),
+        tokens, length, cross_row, inner_row, dcross_row,
+    )  # fmt: skip
+    return dinner, partial.sum(0)
+
+
 def _rows_of_block(lanes: int) -> int:
     """Tokens that a block of the backward kernel takes at once; ROWS in prompt.cu."""
-    return 1 if lanes >= 128 else 128 // lanes
+    return 1 if lanes >= 192 else 192 // lanes
 
 
 def _threads_of_block(lanes: int) -> int:
@@ -109,10 +130,12 @@ def _kernel_for(
     inner: Tensor | None,
     inner_row: int,
     skip: Sequence[int],
+    other_row: int = 0,
+    other: Tensor | None = None,
 ) -> tuple[Kernel, int]:
     size = element_size(x.dtype)
-    units = [t.data_ptr() // size for t in (x, cross, inner) if t is not None]
-    pack = pack_of(x.shape[2], 16 // size, cross_row, inner_row, *units)
+    units = [t.data_ptr() // size for t in (x, cross, inner, other) if t is not None]
+    pack = pack_of(x.shape[2], 16 // size, cross_row, inner_row, other_row, *units)
     index = device_index(x)
     kernel = _kernel(
         entry, index, CPP_TYPE[x.dtype], x.shape[2], pack, cross is not None, inner is not None,

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from svp_peft.ops.casting import cast
 from svp_peft.ops.cuda.kernels import (
     CPP_TYPE,
     Kernel,
@@ -88,7 +89,7 @@ def gather(
     if dt_weight is not None:
         rank = dt_weight[0].shape[1]
         if not fold or dtype == torch.float32 or rank > _LARGEST_FOLDED_RANK:
-            dt = [torch.matmul(d, w.to(dtype).t()) for d, w in zip(dt, dt_weight, strict=True)]
+            dt = [torch.matmul(d, cast(w, dtype).t()) for d, w in zip(dt, dt_weight, strict=True)]
             dt_weight, rank = None, 0
     A_log = parameters(A_log) or ()
     D, dt_weight, dt_bias = parameters(D), parameters(dt_weight), parameters(dt_bias)
@@ -223,7 +224,7 @@ def _chunked(given: Inputs, save_y: bool) -> Callable[..., None] | None:
 def _chunked_kernel(
     device: int, macros: tuple[tuple[str, object], ...], save_y: bool, shared: int
 ) -> Kernel:
-    known = dict(macros) | {"SAVE_Y": save_y, "CHUNKS": _CHUNKS}
+    known = dict(macros) | {"SAVE_Y": save_y, "CHUNKS": _CHUNKS, "BLOCKS_PER_SM": 1}
     return Kernel(
         "scan_forward_chunked",
         "scan_forward_chunked",

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from svp_peft.ops.casting import cast
 from svp_peft.ops.cuda.kernels import CPP_TYPE, Kernel
 from svp_peft.ops.cuda.layout import pointers, rows
 from svp_peft.ops.cuda.scan import INPUTS_LAYOUT, Inputs, gather, scan
@@ -14,6 +15,7 @@ from svp_peft.ops.types import ScanGrads, ScanNeeds
 _Macros = tuple[tuple[str, object], ...]
 _TILE = 8
 _EXACT_LAYOUT = INPUTS_LAYOUT + "2Q5Q2QQ3Qi4x"
+_FAST_LAYOUT = INPUTS_LAYOUT + "2Q5Q2Q2Q3Qi4x"
 
 
 def scan_backward(
@@ -115,15 +117,19 @@ def scan_backward(
     dbias = empty(batch, directions, channels) if need.dt_bias else None
     tiles = -(-length // _TILE)
     if fast:
-        workspace = empty(directions, batch, tiles * _TILE, channels, 2)
+        workspace = [empty(directions, batch, tiles * _TILE, channels, 2)]
+        states = empty(directions, batch, tiles, d_state + 1, channels) if need.A else None
+        workspace_at: tuple[int, ...] = (workspace[0].data_ptr(), _address(states))
+        workspace += [] if states is None else [states]
     else:
-        workspace = empty(directions, batch, tiles, d_state, -(-channels // 32) * 32)
+        workspace = [empty(directions, batch, tiles, d_state, -(-channels // 32) * 32)]
+        workspace_at = (workspace[0].data_ptr(),)
     if u[0].numel():
         _launch(
             given, need, fast, workers, (parts * directions * batch, 1, 1),
             (grad_out.data_ptr(), _address(y)),
             (*pointers(du), *pointers(ddelta), _address(dz)),
-            (_address(parts_B), _address(parts_C), workspace.data_ptr()),
+            (_address(parts_B), _address(parts_C), *workspace_at),
             (_address(dA), _address(dD), _address(dbias), dz_row),
         )  # fmt: skip
     del workspace
@@ -146,7 +152,7 @@ def scan_backward(
         ddt = section(need.dt, 0, rank)
         if ddt is not None:
             for k, to in enumerate(ddt):
-                weight = dt_weight[k].to(dtype)
+                weight = cast(dt_weight[k], dtype)
                 if to.is_contiguous() or batch == 1 or to.stride(0) == length * to.stride(1):
                     target = to.as_strided((batch * length, rank), (rows(to)[1], 1))
                     torch.mm(flat[k], weight, out=target)
@@ -249,23 +255,21 @@ def _fast_kernel(device: int, macros: _Macros, need: ScanNeeds, workers: int) ->
     d_state, rank = int(str(known["D_STATE"])), int(str(known["RANK"]))
     tile = _TILE * 32 * 2
     padded = -(-rank // 16) * 16
-    step = _TILE * (padded + 8) * 2 if rank else tile
     stage = (
         2 * tile
         + (tile if known["HAS_Z"] else 16)
-        + 2 * _TILE * d_state * 2
-        + step
+        + (_TILE * (padded + 8) * 2 if rank else tile)
         + (tile if need.z else 16)
     )
-    warp = 2 * stage + 2 * _TILE * d_state * 4
-    if rank:
-        warp += 2 * padded // 16 * 32 * 16 + 32 * 4 + _TILE * 33 * 4
-    shared = workers * (warp + _TILE * 33 * 16)
+    projection = 2 * padded // 16 * 32 * 16 + 32 * 4 if rank else 0
+    warp = 2 * stage + projection + _TILE * 33 * 4
+    block = 4 * _TILE * d_state * 2 + 2 * _TILE * d_state * 4
+    shared = block + workers * (warp + _TILE * 33 * 16)
     return Kernel(
         "scan_backward_fast",
         "scan_backward_fast",
         known,
-        _EXACT_LAYOUT,
+        _FAST_LAYOUT,
         device,
         threads=32 * workers,
         shared=shared,

@@ -7,9 +7,15 @@
 //                                                       R_s = dt_s x_s sum_n A_n B_sn g_sn
 //
 // so state and adjoint need never meet. Sweep 1 (scan order) computes h, dC, dz and leaves G_t and dt_t
-// in `stash`; sweep 2 (reverse) computes g, dB, dx and d dt. Likewise dA_n = sum_t dt_t u_tn
-// = sum_s S_s (dy_s C_sn h_sn - g_sn dt_s x_s B_sn) with S_s = dt_0 + .. + dt_s. Both sweeps take the
-// same a_t to the bit: otherwise the sums would not cancel where they must.
+// in `stash`; sweep 2 (reverse) computes g, dB, dx and d dt. Both take the same a_t to the bit:
+// otherwise the sums would not cancel where they must.
+//
+// dA_n = sum_t dt_t u_tn is summed by tiles, so that nothing large has to cancel. With S_s the sum of
+// dt from the tile's first step to s, T that of the whole tile, and `next` the step after it,
+//
+//   sum over the tile of dt_t u_tn = sum_s S_s (dy_s C_sn h_sn - g_sn dt_s x_s B_sn) + T u_next,n
+//
+// where u_next,n is the adjoint that sweep 2 brings along times the state that sweep 1 left behind.
 //
 // A block is WARPS x 32 channels of one direction of one image. Sums over channels (dB, dC) go through
 // the tensor cores and shared memory to one partial sum per block; reduce.cu adds those up.
@@ -24,174 +30,180 @@ struct Args {
   ACT *du[2], *ddt[2], *dz;
   float *dB, *dC;          // [part][direction][image][token][state]
   float2* stash;           // [direction][image][step, padded to whole tiles][channel]: G, dt
+  float* states;           // for dA: [direction][image][tile][D_STATE + 1][channel]: h before it, T
   float *dA, *dD, *dbias;  // [image][direction][channel]([state])
   int dz_row;
 };
 static_assert(sizeof(Args) == ARGS_BYTES, "the launcher packs exactly these fields");
 
+constexpr int STEPS = UNROLL;  // of an inner loop's turn, and of the stash that is loaded ahead
+
 struct alignas(16) Stage {
   ACT u[TILE_ELEMENTS], z[HAS_Z ? TILE_ELEMENTS : 8], g[TILE_ELEMENTS];
-  ACT B[TILE * D_STATE], C[TILE * D_STATE];
 #if RANK > 0
   ACT low[TILE * RANK_PITCH];
 #else
-  ACT dt[TILE_ELEMENTS];
+  ACT raw_dt[TILE_ELEMENTS];
 #endif
   ACT y[NEED_Z ? TILE_ELEMENTS : 8];
 };
 struct alignas(16) Warp {
   Stage stage[2];
-  float B[TILE * D_STATE], C[TILE * D_STATE];
 #if RANK > 0
   StepProjection projection;
-  float dt[TILE * 33];
 #endif
+  float dt[TILE * 33];
 };
-constexpr int STEPS = UNROLL;  // pragmas take no macros
 struct alignas(16) Block {
   Warp warps[WARPS];
+  ACT staged_B[2][TILE * D_STATE], staged_C[2][TILE * D_STATE];
+  float B[TILE * D_STATE], C[TILE * D_STATE];
   float4 sums[WARPS][TILE][33];  // per step: 8 quads x 16 states; one more to spread the banks
 };
 
-DEVICE void block_sync() {
-  if constexpr (WARPS == 1)
-    __syncwarp();
-  else
-    __syncthreads();
+// Adds the 8 quads x WARPS of every step and state of a tile. Four lanes share the rows of four states
+// of one step; two exchanges leave each of them with one finished sum.
+template <bool BACK>
+DEVICE void add_up(const Block& block, float* to, int s, int step, int length, int warp, int lane) {
+#pragma unroll
+  for (int turn = 0; turn < 4 / WARPS; turn++) {
+    const int i = (turn * WARPS + warp) * 2 + lane / 16, j = lane / 4 % 4, q = lane % 4;
+    float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll
+    for (int row = 0; row < 2 * WARPS; row++) {
+      const float4 v = block.sums[row / 2][i][(row % 2 * 4 + j) * 4 + q];
+      sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+    }
+    const bool upper = j & 2, odd = j & 1;
+    float a = upper ? sum.z : sum.x, b = upper ? sum.w : sum.y;
+    a += __shfl_xor_sync(~0u, upper ? sum.x : sum.z, 8);
+    b += __shfl_xor_sync(~0u, upper ? sum.y : sum.w, 8);
+    const float total = (odd ? b : a) + __shfl_xor_sync(~0u, odd ? a : b, 4);
+    const int at = s + step * i, n = q * 4 + j;
+    if (at < length && n < D_STATE) to[token_of(at, length, BACK) * D_STATE + n] = total;
+  }
 }
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS_PER_SM)
-    scan_backward_fast(const __grid_constant__ Args args) {
-  extern __shared__ float4 shared[];
-  Block& block = *(Block*)shared;
+template <int DIRECTION> DEVICE void run(const Args& args, Block& block, int part, int image) {
+  constexpr bool BACK = (REVERSED != 0) != (DIRECTION == 1), WRITES_DZ = NEED_Z && DIRECTION == 0;
   const ScanInputs& in = args.in;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   Warp& self = block.warps[warp];
-  constexpr int PARTS = D_INNER / (CHANNELS * WARPS);
   const int length = in.length, padded = (length + TILE - 1) / TILE * TILE;
-  const int part = blockIdx.x % PARTS, unit = blockIdx.x / PARTS;
-  const int direction = unit % DIRECTIONS, image = unit / DIRECTIONS;
   const int first = (part * WARPS + warp) * CHANNELS, channel = first + lane;
-  const bool back = is_reversed(direction);
 
   const i64 origin = (i64)image * length;  // the image's first token
-  const ACT* u = in.u[direction] + origin * in.u_row + first;
-  const ACT* dt = in.dt[direction] + origin * in.dt_row + (RANK ? 0 : first);
-  const ACT* B = in.B[direction] + origin * in.b_row;
-  const ACT* C = in.C[direction] + origin * in.c_row;
+  const ACT* u = in.u[DIRECTION] + origin * in.u_row + first;
+  const ACT* dt = in.dt[DIRECTION] + origin * in.dt_row + (RANK ? 0 : first);
+  const ACT* B = in.B[DIRECTION] + origin * in.b_row;
+  const ACT* C = in.C[DIRECTION] + origin * in.c_row;
   const ACT* z = HAS_Z ? in.z + origin * in.z_row + first : nullptr;
   const ACT* grad_out = args.grad_out + origin * D_INNER + first;
   const ACT* y = NEED_Z ? args.y + origin * D_INNER + first : nullptr;
-  const bool writes_dz = NEED_Z && direction == 0;
+  const i64 row = ((i64)part * DIRECTIONS + DIRECTION) * in.batch + image;
+  float* sums_B = NEED_B ? args.dB + row * length * D_STATE : nullptr;
+  float* sums_C = NEED_C ? args.dC + row * length * D_STATE : nullptr;
 
   float rate[D_STATE], h[D_STATE], dA[D_STATE];
 #pragma unroll
   for (int n = 0; n < D_STATE; n++) {
-    rate[n] = decay_rate(in.A[direction], (i64)channel * D_STATE + n);
+    rate[n] = decay_rate(in.A[DIRECTION], (i64)channel * D_STATE + n);
     h[n] = dA[n] = 0.f;
   }
   const Selector one(lane);
-  float prefix = 0.f;  // S_s
 #if RANK > 0
-  self.projection.load(in.dt_weight[direction], in.dt_bias[direction], first, D_INNER, lane);
+  self.projection.load(in.dt_weight[DIRECTION], in.dt_bias[DIRECTION], first, D_INNER, lane);
   clear_rank_padding(self.stage[0].low, lane);
   clear_rank_padding(self.stage[1].low, lane);
   __syncwarp();
 #else
-  const float bias = HAS_BIAS ? widen(in.dt_bias[direction][channel]) : 0.f;
+  const float bias = HAS_BIAS ? widen(in.dt_bias[DIRECTION][channel]) : 0.f;
 #endif
 
   auto load_tile = [&](ACT* to, const ACT* from, int row, int s, int step) {
-    load_rows<COPY_TILE, TILE, CHANNELS, CHANNELS>(to, from, row, s, step, length, back, lane);
+    load_rows<COPY_TILE, TILE, CHANNELS, CHANNELS>(to, from, row, s, step, length, BACK, lane);
   };
-  auto load = [&](Stage& to, int s, int step, bool first_sweep) {
+  // the warps share B and C: one fetches and widens B, another C
+  auto load = [&](int slot, int s, int step, bool first_sweep) {
+    Stage& to = self.stage[slot];
     load_tile(to.u, u, in.u_row, s, step);
     load_tile(to.g, grad_out, D_INNER, s, step);
     if constexpr (HAS_Z) load_tile(to.z, z, in.z_row, s, step);
-    load_rows<COPY_ROWS, TILE, D_STATE, D_STATE>(to.B, B, in.b_row, s, step, length, back, lane);
-    load_rows<COPY_ROWS, TILE, D_STATE, D_STATE>(to.C, C, in.c_row, s, step, length, back, lane);
+    if (warp == 0)
+      load_rows<COPY_ROWS, TILE, D_STATE, D_STATE>(block.staged_B[slot], B, in.b_row, s, step, length, BACK, lane);
+    if (warp == 1 % WARPS)
+      load_rows<COPY_ROWS, TILE, D_STATE, D_STATE>(block.staged_C[slot], C, in.c_row, s, step, length, BACK, lane);
     if (first_sweep) {
 #if RANK > 0
-      load_rows<COPY_ROWS, TILE, RANK, RANK_PITCH>(to.low, dt, in.dt_row, s, step, length, back, lane);
+      load_rows<COPY_ROWS, TILE, RANK, RANK_PITCH>(to.low, dt, in.dt_row, s, step, length, BACK, lane);
 #else
-      load_tile(to.dt, dt, in.dt_row, s, step);
+      load_tile(to.raw_dt, dt, in.dt_row, s, step);
 #endif
-      if (writes_dz) load_tile(to.y, y, D_INNER, s, step);
+      if constexpr (WRITES_DZ) load_tile(to.y, y, D_INNER, s, step);
     }
     copies_commit();
   };
-  auto widen_tile = [&](const Stage& stage) {
-    widen_rows<TILE * D_STATE>(self.B, stage.B, lane);
-    widen_rows<TILE * D_STATE>(self.C, stage.C, lane);
+  auto finish_load = [&](int slot) {
+    copies_wait<0>();
+    __syncwarp();
+    if (warp == 0) widen_rows<TILE * D_STATE>(block.B, block.staged_B[slot], lane);
+    if (warp == 1 % WARPS) widen_rows<TILE * D_STATE>(block.C, block.staged_C[slot], lane);
   };
-  // the 8 quads x WARPS of every step and state of the tile: one sum a thread and turn
-  auto block_sum = [&](float* to, int s, int step) {
-    block_sync();
-    for (int item = threadIdx.x; item < TILE * 16; item += 32 * WARPS) {
-      const int i = item / 16, n = item % 16, at = s + step * i;
-      float sum = 0.f;
-#pragma unroll
-      for (int w = 0; w < WARPS; w++) {
-        const float* quads = (const float*)block.sums[w][i] + n;
-#pragma unroll
-        for (int j = 0; j < 8; j++) sum += quads[(j ^ (lane / 16)) * 16];
-      }
-      if (at >= 0 && at < length && n < D_STATE) {
-        const i64 token = (i64)((part * DIRECTIONS + direction) * (i64)in.batch + image) * length +
-                          token_of(at, length, back);
-        to[token * D_STATE + n] = sum;
-      }
-    }
-    block_sync();
-  };
+  auto clear_row = [&](ACT* tile, int i) { tile[i * CHANNELS + lane] = narrowed<ACT>(0.f); };
 
   // sweep 1
-  float2* stash = args.stash + ((i64)(direction * in.batch + image) * padded) * D_INNER + channel;
-  ACT* dz = NEED_Z ? args.dz + origin * args.dz_row + channel : nullptr;
-  const int dz_step = back ? -args.dz_row : args.dz_row;
-  if (NEED_Z && back) dz += (i64)(length - 1) * args.dz_row;
-  load(self.stage[0], 0, 1, true);
-  for (int s = 0, current = 0; s < length; s += TILE, current ^= 1) {
-    if (s + TILE < length) {
-      load(self.stage[current ^ 1], s + TILE, 1, true);
-      copies_wait<1>();
-    } else {
-      copies_wait<0>();
-    }
-    __syncwarp();
-    const Stage& stage = self.stage[current];
-    widen_tile(stage);
+  constexpr int SLOT = (D_STATE + 1) * D_INNER;
+  const i64 walk = (i64)DIRECTION * in.batch + image;
+  float2* stash = args.stash + walk * padded * D_INNER + channel;
+  float* left = NEED_A ? args.states + walk * (padded / TILE) * SLOT + channel : nullptr;
+  ACT* dz = nullptr;
+  if constexpr (WRITES_DZ) dz = args.dz + (origin + (BACK ? length - 1 : 0)) * args.dz_row + channel;
+  float prefix = 0.f;  // S_s
+  load(0, 0, 1, true);
+  finish_load(0);
+  __syncthreads();
+  for (int s = 0, slot = 0; s < padded; s += TILE, slot ^= 1) {
+    const Stage& stage = self.stage[slot];
+    const int inside = length - s;  // steps of this tile that exist
+    if (s + TILE < padded) load(slot ^ 1, s + TILE, 1, true);
 #if RANK > 0
     self.projection.run(stage.low, self.dt, lane);
+#else
+#pragma unroll
+    for (int i = 0; i < TILE; i++)
+      self.dt[i * 33 + lane] = step_size(widen(stage.raw_dt[i * CHANNELS + lane]) + bias);
 #endif
+    if constexpr (NEED_A) {
+      prefix = 0.f;
+#pragma unroll
+      for (int n = 0; n < D_STATE; n++) left[n * D_INNER] = h[n];
+    }
     __syncwarp();
+    for (int i = inside; i < TILE; i++) {  // a step of size 0 leaves everything as it is
+      self.dt[i * 33 + lane] = 0.f;
+      clear_row(self.stage[slot].g, i);
+    }
 #pragma unroll(STEPS)
     for (int i = 0; i < TILE; i++) {
       const int k = i * CHANNELS + lane;
-      const float x = widen(stage.u[k]);
-#if RANK > 0
-      float d = self.dt[i * 33 + lane];
-#else
-      float d = step_size(widen(stage.dt[k]) + bias);
-#endif
+      const float x = widen(stage.u[k]), d = self.dt[i * 33 + lane], dx = d * x;
       float gy = widen(stage.g[k]) * in.scale;
       if constexpr (HAS_Z) {
         const float gate_in = widen(stage.z[k]), gate = sigmoid(gate_in);
-        if (writes_dz) {
-          if (s + i < length) narrow(gy * widen(stage.y[k]) * silu_slope(gate_in, gate), *dz);
-          dz += dz_step;
+        if constexpr (WRITES_DZ) {
+          const float grad = gy * widen(stage.y[k]) * silu_slope(gate_in, gate);
+          if (i < inside) narrow(grad, *dz);
+          dz += BACK ? -args.dz_row : args.dz_row;
         }
         gy *= gate_in * gate;
       }
-      if (NEED_A && s + i >= length) d = gy = 0.f;
-      const float dx = d * x;
       if constexpr (NEED_A) prefix += d;
       const float weight = prefix * gy;
       float product = 0.f, for_C[D_STATE];
 #pragma unroll
       for (int n4 = 0; n4 < D_STATE; n4 += 4) {
-        const float4 B4 = *(const float4*)(self.B + i * D_STATE + n4);
-        const float4 C4 = *(const float4*)(self.C + i * D_STATE + n4);
+        const float4 B4 = *(const float4*)(block.B + i * D_STATE + n4);
+        const float4 C4 = *(const float4*)(block.C + i * D_STATE + n4);
         const float b[4] = {B4.x, B4.y, B4.z, B4.w}, c[4] = {C4.x, C4.y, C4.z, C4.w};
 #pragma unroll
         for (int j = 0; j < 4; j++) {
@@ -207,90 +219,106 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS_PER_SM)
       *stash = make_float2(gy * product, d);
       stash += D_INNER;
     }
-    if constexpr (NEED_C) block_sum(args.dC, s, 1);
+    if constexpr (NEED_A) {
+      left[D_STATE * D_INNER] = prefix;
+      left += SLOT;
+    }
+    __syncthreads();
+    if constexpr (NEED_C) add_up<BACK>(block, sums_C, s, 1, length, warp, lane);
+    if (s + TILE < padded) finish_load(slot ^ 1);
+    __syncthreads();
   }
 
   // sweep 2: h is now a_{t+1} g_{t+1}
 #pragma unroll
   for (int n = 0; n < D_STATE; n++) h[n] = 0.f;
-  __syncwarp();
-  load(self.stage[0], length - 1, -1, false);
-  stash -= (i64)(padded - length + 1) * D_INNER;
-  constexpr int AHEAD = 2;
-  float2 kept[AHEAD];
+  load(0, padded - 1, -1, false);
+  float2 next[STEPS];
+  auto load_stash = [&](bool any) {
 #pragma unroll
-  for (int a = 0; a < AHEAD; a++) {
-    kept[a] = length - 1 - a >= 0 ? *stash : make_float2(0.f, 0.f);
-    stash -= D_INNER;
-  }
-  const float skip = HAS_D ? widen(in.D[direction][channel]) : 0.f;
+    for (int a = 0; a < STEPS; a++)
+      if (any) next[a] = stash[-(a + 1) * D_INNER];
+    stash -= STEPS * D_INNER;
+  };
+  load_stash(true);
+  const float skip = HAS_D ? widen(in.D[DIRECTION][channel]) : 0.f;
   float carried = 0.f, dD = 0.f, dbias = 0.f;  // carried: U_t / ln 2
-  const i64 start = (origin + (back ? 0 : length - 1)) * D_INNER + channel;
-  const int step = back ? D_INNER : -D_INNER;
-  ACT *du = NEED_U ? args.du[direction] + start : nullptr;
-  ACT *ddt = NEED_DT ? args.ddt[direction] + start : nullptr;
-  for (int s = length - 1, current = 0; s >= 0; s -= TILE, current ^= 1) {
-    if (s - TILE >= 0) {
-      load(self.stage[current ^ 1], s - TILE, -1, false);
-      copies_wait<1>();
-    } else {
-      copies_wait<0>();
-    }
-    __syncwarp();
-    const Stage& stage = self.stage[current];
-    widen_tile(stage);
-    __syncwarp();
-#pragma unroll(STEPS)
-    for (int i = 0; i < TILE; i++) {
-      const bool inside = i <= s;
-      const int k = i * CHANNELS + lane;
-      const float G = kept[0].x, d = kept[0].y;
+  const i64 start = (origin + (BACK ? length - padded : padded - 1)) * D_INNER + channel;
+  constexpr int STEP = BACK ? D_INNER : -D_INNER;
+  ACT *du = NEED_U ? args.du[DIRECTION] + start : nullptr;
+  ACT *ddt = NEED_DT ? args.ddt[DIRECTION] + start : nullptr;
+  finish_load(0);
+  __syncthreads();
+  for (int s = padded - 1, slot = 0; s >= 0; s -= TILE, slot ^= 1) {
+    const Stage& stage = self.stage[slot];
+    const int outside = s + 1 - length;  // steps of this tile that do not exist
+    if (s > TILE) load(slot ^ 1, s - TILE, -1, false);
+    if constexpr (NEED_A) {
+      left -= SLOT;
+      prefix = left[D_STATE * D_INNER];
+      if (s + 1 < padded) {
 #pragma unroll
-      for (int a = 0; a + 1 < AHEAD; a++) kept[a] = kept[a + 1];
-      kept[AHEAD - 1] = s - i - AHEAD >= 0 ? *stash : make_float2(0.f, 0.f);
-      stash -= D_INNER;
-      const float x = widen(stage.u[k]), dx = d * x;
-      float gy = widen(stage.g[k]) * in.scale;
-      if constexpr (HAS_Z) {
-        const float gate_in = widen(stage.z[k]);
-        gy *= gate_in * sigmoid(gate_in);
+        for (int n = 0; n < D_STATE; n++)
+          dA[n] = fmaf(prefix * h[n], left[SLOT + n * D_INNER], dA[n]);
       }
-      const float weight = -prefix * dx;
-      float dot_B = 0.f, product = 0.f, for_B[D_STATE];
+    }
+    for (int i = 0; i < outside; i++) clear_row(self.stage[slot].g, i);
+#pragma unroll 1
+    for (int i0 = 0; i0 < TILE; i0 += STEPS) {
+      float2 kept[STEPS];
 #pragma unroll
-      for (int n4 = 0; n4 < D_STATE; n4 += 4) {
-        const float4 B4 = *(const float4*)(self.B + i * D_STATE + n4);
-        const float4 C4 = *(const float4*)(self.C + i * D_STATE + n4);
-        const float b[4] = {B4.x, B4.y, B4.z, B4.w}, c[4] = {C4.x, C4.y, C4.z, C4.w};
+      for (int a = 0; a < STEPS; a++) kept[a] = next[a];
+      load_stash(s - i0 >= STEPS);
 #pragma unroll
-        for (int j = 0; j < 4; j++) {
-          const int n = n4 + j;
-          const float g = fmaf(gy, c[j], h[n]), read = b[j] * g;
-          dot_B += read;
-          product = fmaf(rate[n], read, product);
-          for_B[n] = dx * g;
-          h[n] = g * ex2(d * rate[n]);
-          if constexpr (NEED_A) dA[n] = fmaf(weight, read, dA[n]);
+      for (int a = 0; a < STEPS; a++) {
+        const int i = i0 + a, k = i * CHANNELS + lane;
+        const float G = kept[a].x, d = kept[a].y;
+        const float x = widen(stage.u[k]), dx = d * x;
+        float gy = widen(stage.g[k]) * in.scale;
+        if constexpr (HAS_Z) {
+          const float gate_in = widen(stage.z[k]);
+          gy *= gate_in * sigmoid(gate_in);
         }
+        const float weight = -prefix * dx;
+        float dot_B = 0.f, product = 0.f, for_B[D_STATE];
+#pragma unroll
+        for (int n4 = 0; n4 < D_STATE; n4 += 4) {
+          const float4 B4 = *(const float4*)(block.B + i * D_STATE + n4);
+          const float4 C4 = *(const float4*)(block.C + i * D_STATE + n4);
+          const float b[4] = {B4.x, B4.y, B4.z, B4.w}, c[4] = {C4.x, C4.y, C4.z, C4.w};
+#pragma unroll
+          for (int j = 0; j < 4; j++) {
+            const int n = n4 + j;
+            const float g = fmaf(gy, c[j], h[n]), read = b[j] * g;
+            dot_B += read;
+            product = fmaf(rate[n], read, product);
+            for_B[n] = dx * g;
+            h[n] = g * ex2(d * rate[n]);
+            if constexpr (NEED_A) dA[n] = fmaf(weight, read, dA[n]);
+          }
+        }
+        if constexpr (NEED_B) block.sums[warp][i][lane] = quad_sum<false, D_STATE>(for_B, one);
+        carried += G - dx * product;
+        float grad_dt = fmaf(LN2, carried, x * dot_B);
+        if constexpr (SOFTPLUS) grad_dt *= softplus_slope<false>(d);
+        if (i >= outside) {
+          if constexpr (NEED_U) narrow(fmaf(skip, gy, d * dot_B), *du);
+          if constexpr (NEED_DT) narrow(grad_dt, *ddt);
+          dD = fmaf(gy, x, dD);
+          dbias += grad_dt;
+        }
+        if constexpr (NEED_A) prefix -= d;
+        du += STEP;
+        ddt += STEP;
       }
-      if constexpr (NEED_B) block.sums[warp][i][lane] = quad_sum<false, D_STATE>(for_B, one);
-      carried += G - dx * product;
-      float grad_dt = fmaf(LN2, carried, x * dot_B);
-      if constexpr (SOFTPLUS) grad_dt *= softplus_slope<false>(d);
-      if (inside) {
-        if constexpr (NEED_U) narrow(fmaf(skip, gy, d * dot_B), *du);
-        if constexpr (NEED_DT) narrow(grad_dt, *ddt);
-        dD = fmaf(gy, x, dD);
-        dbias += grad_dt;
-      }
-      if constexpr (NEED_A) prefix -= d;
-      du += step;
-      ddt += step;
     }
-    if constexpr (NEED_B) block_sum(args.dB, s, -1);
+    __syncthreads();
+    if constexpr (NEED_B) add_up<BACK>(block, sums_B, s, -1, length, warp, lane);
+    if (s > TILE) finish_load(slot ^ 1);
+    __syncthreads();
   }
 
-  const i64 at = (i64)(image * DIRECTIONS + direction) * D_INNER + channel;
+  const i64 at = ((i64)image * DIRECTIONS + DIRECTION) * D_INNER + channel;
   if constexpr (NEED_A) {
 #pragma unroll
     for (int n = 0; n < D_STATE; n++)
@@ -299,4 +327,17 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS_PER_SM)
   }
   if constexpr (NEED_D) args.dD[at] = dD;
   if constexpr (NEED_BIAS) args.dbias[at] = dbias;
+}
+
+extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS_PER_SM)
+    scan_backward_fast(const __grid_constant__ Args args) {
+  extern __shared__ float4 shared[];
+  Block& block = *(Block*)shared;
+  constexpr int PARTS = D_INNER / (CHANNELS * WARPS);
+  const int part = blockIdx.x % PARTS, unit = blockIdx.x / PARTS;
+  // the direction is a constant in either copy: all steps through memory become immediates
+  if (DIRECTIONS == 2 && unit % 2)
+    run<DIRECTIONS - 1>(args, block, part, unit / DIRECTIONS);
+  else
+    run<0>(args, block, part, unit / DIRECTIONS);
 }

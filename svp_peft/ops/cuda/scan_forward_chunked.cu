@@ -7,7 +7,7 @@
 // piece, so folding the pieces before costs one exponential per state and piece; a second scan then
 // gives y. All pieces of both directions end in one gated write.
 //
-// More macros: SAVE_Y, CHUNKS.
+// More macros: SAVE_Y, CHUNKS, BLOCKS_PER_SM.
 #include "scan.cuh"
 
 struct Args {
@@ -28,7 +28,7 @@ DEVICE void stage_step(float raw, float x, float skip, int at, float2* steps, fl
   y[at] = skip * x;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     scan_forward_chunked(const __grid_constant__ Args args) {
   extern __shared__ float4 shared[];
   const ScanInputs& in = args.in;
