@@ -8,7 +8,7 @@ PACKAGE = Path(__file__).parent.parent / "svp_peft"
 ORDER = (
     "errors config ops download vim prompters backbones state hooks heads patch "
     "adapter_tensors adapters routing verify base_model adapter_config adapter_format "
-    "adapter_store adapter_build adapter_file hub convert visualize integrations cli "
+    "adapter_store adapter_build adapter_file hub convert visualize integrations doctor cli "
     "__init__"
 ).split()
 
