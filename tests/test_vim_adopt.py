@@ -20,6 +20,10 @@ FLAGS = (
 ).split()
 
 
+def small_vim(**arguments: Any) -> VisionMamba:
+    return tiny_vim(**{"img_size": 64, **arguments})
+
+
 class Fork(nn.Module):
     """A module of another package: it has the names of one of ours and none of its code."""
 
@@ -80,7 +84,7 @@ def image_for(model: VisionMamba) -> torch.Tensor:
     ids=str,
 )
 def test_the_adopted_model_is_the_forks(arguments: dict[str, Any], spelling: str) -> None:
-    model = tiny_vim(**arguments)
+    model = small_vim(**arguments)
     fork = fork_of(model, spelling)
     ours = VisionMamba.from_model(fork)
     assert not ours.training
@@ -93,7 +97,7 @@ def test_the_adopted_model_is_the_forks(arguments: dict[str, Any], spelling: str
 
 
 def test_a_change_of_one_model_is_seen_by_the_other() -> None:
-    model, other = tiny_vim(), tiny_vim()
+    model, other = small_vim(), small_vim()
     fork = fork_of(model)
     ours = VisionMamba.from_model(fork)
     fork.load_state_dict(other.state_dict())
@@ -105,7 +109,7 @@ def test_a_change_of_one_model_is_seen_by_the_other() -> None:
 
 
 def test_a_fork_without_the_option_to_divide_does_not_divide() -> None:
-    model = tiny_vim(if_divide_out=False)
+    model = small_vim(if_divide_out=False)
     ours = VisionMamba.from_model(fork_of(model, None))
     image = image_for(model)
     assert torch.equal(ours(image), model(image))
@@ -114,7 +118,7 @@ def test_a_fork_without_the_option_to_divide_does_not_divide() -> None:
 
 
 def test_stochastic_depth_and_the_training_flag_are_taken_over() -> None:
-    fork = fork_of(tiny_vim(depth=4, drop_path_rate=0.3, drop_rate=0.2)).train()
+    fork = fork_of(small_vim(depth=4, drop_path_rate=0.3, drop_rate=0.2)).train()
     ours = VisionMamba.from_model(fork)
     assert ours.training
     rates = [getattr(block.drop_path, "drop_prob", 0.0) for block in ours.layers]
@@ -124,7 +128,7 @@ def test_stochastic_depth_and_the_training_flag_are_taken_over() -> None:
 
 
 def test_the_two_layer_head_of_the_released_code_is_shared_as_it_is() -> None:
-    model = tiny_vim()
+    model = small_vim()
     fork = fork_of(model)
     fork.head = nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 3))
     ours = VisionMamba.from_model(fork)
@@ -136,7 +140,7 @@ def test_the_two_layer_head_of_the_released_code_is_shared_as_it_is() -> None:
 
 
 def test_a_class_token_of_unknown_place_is_asked_for() -> None:
-    model = tiny_vim(use_middle_cls_token=False)
+    model = small_vim(use_middle_cls_token=False)
     fork = fork_of(model)
     del fork.use_middle_cls_token
     with pytest.raises(InputError, match="does not say where"):
@@ -150,7 +154,7 @@ def test_a_class_token_of_unknown_place_is_asked_for() -> None:
 
 
 def with_parameter(name: str) -> Any:
-    fork = fork_of(tiny_vim())
+    fork = fork_of(small_vim())
     fork.register_parameter(name, nn.Parameter(torch.zeros(24, 16)))
     return fork
 
@@ -172,4 +176,4 @@ def test_what_is_not_a_vim_is_refused(model: nn.Module, message: str) -> None:
 
 def test_an_unknown_override_is_refused() -> None:
     with pytest.raises(InputError, match="divide"):
-        VisionMamba.from_model(fork_of(tiny_vim()), divide=True)
+        VisionMamba.from_model(fork_of(small_vim()), divide=True)
