@@ -60,7 +60,8 @@ def step_sizes(dt: Sequence[Tensor], dt_weight: Sequence[Tensor] | None) -> tupl
     full = []
     for low, weight in zip(dt, dt_weight, strict=True):
         flat = low.reshape(-1, low.shape[2])
-        full.append(torch.mm(flat, cast(weight, low.dtype).detach().T).view(*low.shape[:2], -1))
+        product = torch.mm(flat, cast(weight, low.dtype).detach().T)
+        full.append(product.view(*low.shape[:2], weight.shape[0]))
     return tuple(full)
 
 

@@ -27,6 +27,7 @@ from svp_peft.ops.triton.scan_kernels import (
 # over tiles of the sequence finishes earlier. On an H100, Vim-Small: 0.024 against 0.060 ms at
 # batch 1 (48 programs), 0.099 against 0.061 ms at batch 8 (384 programs)
 _FEW_PROGRAMS = 192
+_TILE = 32
 
 
 @triton.jit
@@ -310,7 +311,7 @@ def _directions(
     if few:
         BD = max(1, 64 // N)
         _parallel_kernel[batch, triton.cdiv(d_inner, BD), K](
-            *pointers, y, length, batch * length, **settings, BD=BD, TILE=32, num_warps=4
+            *pointers, y, length, batch * length, **settings, BD=BD, TILE=_TILE, num_warps=4
         )
     else:
         BD = 32 if N <= 32 else 16

@@ -191,7 +191,8 @@ def backward_kernel(
         h = tl.zeros((BD, N), tl.float32)
         for s in range(0, L, 4):
             if NEED_A:
-                tl.store(starts + (s // 4) * (d_inner * d_state), h, mask=whole)
+                tl.store(starts, h, mask=whole)
+                starts += d_inner * d_state
             # four steps are read before the first is used, so that their latencies overlap
             r0 = first + sign * s
             r1 = first + sign * tl.minimum(s + 1, L - 1)
@@ -263,7 +264,8 @@ def backward_kernel(
         G3 = _load_if(G + r3 * d_inner, in3, NEED_G)
         c0, c1, c2, c3 = v, v, v, v
         if NEED_A:
-            h = tl.load(starts + (s // 4) * (d_inner * d_state), mask=whole, other=0.0)
+            starts -= d_inner * d_state
+            h = tl.load(starts, mask=whole, other=0.0)
             c0, h = _decay_and_feed(h, delta0, x0, p0, b_A)
             c1, h = _decay_and_feed(h, delta1, x1, p1, b_A)
             c2, h = _decay_and_feed(h, delta2, x2, p2, b_A)

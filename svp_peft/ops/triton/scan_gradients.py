@@ -17,12 +17,12 @@ from svp_peft.ops.triton.launch import (
     with_equal_rows,
     with_rows,
 )
+from svp_peft.ops.triton.scan_forward import scan
 from svp_peft.ops.triton.scan_gradient_kernels import (
     backward_kernel,
     gate_backward_kernel,
     sum_parts_kernel,
 )
-from svp_peft.ops.triton.scan_forward import scan
 from svp_peft.ops.types import ScanGrads, ScanNeeds
 
 # a launch takes as many images as this much scratch memory has room for; one image at least
