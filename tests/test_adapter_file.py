@@ -216,6 +216,14 @@ def test_loaded_adapter_is_frozen_unless_asked_and_the_mode_stays(folder):
         assert model.training
 
 
+def test_loading_draws_no_random_numbers(folder):
+    model = base()
+    before = torch.random.get_rng_state()
+    load_adapter(model, folder)
+    load_adapter(model, folder, adapter_name="second")
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
 def test_remove_svp_after_loading_gives_the_base_model_back(folder):
     model = base()
     before = snapshot(model)

@@ -22,6 +22,10 @@ from svp_peft.errors import AdapterNotFoundError, SVPError
 from svp_peft.patch import remove_svp
 from tests.tiny import assert_unchanged, base, snapshot, trained
 
+# docs/reliability.md was measured with more of both
+DAMAGED_FILES = int(os.environ.get("SVP_PEFT_DAMAGED_FILES", "2000"))
+KILLS = int(os.environ.get("SVP_PEFT_KILLS", "50"))
+
 Files = tuple[bytes, bytes]
 """adapter_config.json and adapter_model.safetensors."""
 
@@ -115,11 +119,11 @@ def same(found: AdapterContents, saved: AdapterContents) -> bool:
     )
 
 
-def test_two_thousand_damaged_files_are_refused_or_are_the_saved_adapter(files):
+def test_damaged_files_are_refused_or_are_the_saved_adapter(files):
     rng = random.Random(0)
     saved = decode(*files, where="adapter", one_commit=False)
     refused = harmless = 0
-    for number in range(2000):
+    for number in range(DAMAGED_FILES):
         damaged = DAMAGES[number % len(DAMAGES)](files, rng)
         try:
             found = decode(*damaged, where="adapter", one_commit=number % 3 == 0)
@@ -130,8 +134,9 @@ def test_two_thousand_damaged_files_are_refused_or_are_the_saved_adapter(files):
             assert same(found, saved), f"damage {number}"
             harmless += 1
     # swapping nothing, or a bit in a key that only describes, is harmless; nothing else is
-    assert refused + harmless == 2000
-    assert harmless < 200
+    assert refused + harmless == DAMAGED_FILES
+    assert harmless < DAMAGED_FILES / 10
+    print(f"{refused} refused, {harmless} harmless")
 
 
 def test_damaged_files_through_load_adapter_leave_the_model_as_it_was(files, tmp_path):
@@ -233,7 +238,7 @@ def test_killed_at_every_step_of_a_save_the_old_or_the_new_adapter_is_whole(
     assert generation_in(folder) == 2
 
 
-def test_fifty_kills_at_random_moments_lose_nothing(tmp_path, generations):
+def test_kills_at_random_moments_lose_nothing(tmp_path, generations):
     rng = random.Random(0)
     folder = write_folder(tmp_path / "adapter", *generations[0])
 
@@ -244,12 +249,14 @@ def test_fifty_kills_at_random_moments_lose_nothing(tmp_path, generations):
             write_folder(folder, *generations[number % len(generations)])
 
     seen = set()
-    for _ in range(50):
+    for _ in range(KILLS):
         child = in_child(save_for_ever)
         time.sleep(rng.uniform(0.001, 0.03))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         seen.add(generation_in(folder))
+    leftovers = len(list(folder.glob(".adapter_*.tmp")))
+    print(f"{leftovers} of {KILLS} kills came in the middle of a write")
     assert len(seen) > 1, "no save ever got through: the test proves nothing"
 
 
