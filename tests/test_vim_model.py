@@ -289,6 +289,26 @@ def test_a_wrapped_norm_is_called(path: str) -> None:
     assert calls == [1]
 
 
+@pytest.mark.parametrize("half", ["autocast", "weights"])
+@pytest.mark.parametrize("path", ["in_proj", "conv1d_b", "x_proj", "dt_proj"])
+def test_a_wrapped_projection_gives_the_same_in_bfloat16(path: str, half: str) -> None:
+    model = small_model()
+    image = image_for(model)
+    if half == "weights":
+        model, image = model.bfloat16(), image.bfloat16()
+
+    def run() -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=half == "autocast"):
+            return model(image).float()
+
+    expected = run()
+    for block in model.layers:
+        block.mixer.get_submodule(path).register_forward_hook(lambda *_: None)
+    found = run()
+    # bfloat16 keeps eight bits; the two ways round in different places
+    assert (found - expected).norm() / expected.norm() < 0.05
+
+
 def test_a_replaced_projection_is_called() -> None:
     class Doubled(nn.Module):
         def __init__(self, inner: nn.Linear) -> None:

@@ -260,16 +260,18 @@ class VimMixer(nn.Module):
         """The same formula with every projection called as a module."""
         convs, x_projs, dt_projs, skips = self._branches()
         x, z = self.in_proj(hidden).chunk(2, dim=-1)
-        u = self._convolve(x, convs)
-        dtype = u[0].dtype
+        dtype = x.dtype
+        # as in the fused op: a CPU gains nothing from half precision in a scan
+        working = torch.float32 if x.device.type == "cpu" and dtype.itemsize == 2 else dtype
+        u = self._convolve(x, convs, working)
         low = [
-            x_proj(u_k).to(dtype).split((self.dt_rank, self.d_state, self.d_state), dim=-1)
+            x_proj(u_k.to(dtype)).to(working).split((self.dt_rank, self.d_state, self.d_state), -1)
             for u_k, x_proj in zip(u, x_projs, strict=True)
         ]
         # a bare dt_proj stays inside the scan, which keeps the time step in single precision
         inside = all(is_bare(dt_proj, nn.Linear) for dt_proj in dt_projs)
         dt = [
-            dt_k if inside else dt_proj(dt_k).to(dtype)
+            dt_k if inside else dt_proj(dt_k.to(dtype)).to(working)
             for (dt_k, _, _), dt_proj in zip(low, dt_projs, strict=True)
         ]
         A_log = self._state_matrices()
@@ -279,7 +281,7 @@ class VimMixer(nn.Module):
             [dt[k] for k in pick],
             [low[k][1] for k in pick],
             [low[k][2] for k in pick],
-            z.to(dtype),
+            z.to(working),
             A_log,
             [skips[k] for k in pick],
             [dt_projs[k].weight for k in pick] if inside else None,
@@ -288,20 +290,22 @@ class VimMixer(nn.Module):
             softplus=True,
             scale=self._scale,
         )
-        return self.out_proj(gated)
+        return self.out_proj(gated.to(dtype))
 
-    def _convolve(self, x: Tensor, convs: tuple[nn.Conv1d, ...]) -> list[Tensor]:
-        """SiLU(conv(x)) per branch; the second one looks at the tokens after t."""
+    def _convolve(
+        self, x: Tensor, convs: tuple[nn.Conv1d, ...], working: torch.dtype
+    ) -> list[Tensor]:
+        """SiLU(conv(x)) per branch, in `working`; the second one looks at the tokens after t."""
         reverse = (False, True)[: len(convs)]
         if all(is_bare(conv, nn.Conv1d) for conv in convs):
             taps = [conv.weight.squeeze(1) for conv in convs]
-            return list(ops.conv_silu(x, taps, _biases(convs), reverse))
+            return list(ops.conv_silu(x.to(working), taps, _biases(convs), reverse))
         length = x.shape[1]
         branches = []
         for conv, backwards in zip(convs, reverse, strict=True):
             u = x.flip(1) if backwards else x
             u = F.silu(conv(u.transpose(1, 2))[..., :length]).transpose(1, 2)
-            branches.append((u.flip(1) if backwards else u).contiguous())
+            branches.append((u.flip(1) if backwards else u).to(working).contiguous())
         return branches
 
     def extra_repr(self) -> str:
