@@ -7,12 +7,13 @@ PIP_ARGS ?=
 PYTEST_ARGS ?= -n 2 --dist worksteal
 BIN := .venv/bin
 
-.PHONY: demo test lint docs clean help
+.PHONY: demo test test-oldest-hub lint docs clean help
 
 help:
 	@echo "make demo   adapt a pretrained Vision Mamba to handwritten digits on this CPU"
 	@echo "make test   run the tests; GPU tests run where there is a GPU"
 	@echo "make lint   ruff and mypy"
+	@echo "make test-oldest-hub   the Hub tests with the oldest client allowed"
 	@echo "make docs   build the documentation into site/"
 
 demo: .venv/ready-examples
@@ -20,6 +21,11 @@ demo: .venv/ready-examples
 
 test: .venv/ready-test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# the oldest huggingface_hub that pyproject.toml allows, beside the newest in .venv
+test-oldest-hub: .venv/ready-test
+	$(BIN)/python -m pip install --quiet --upgrade --target .venv/oldest-hub huggingface_hub==0.25.0
+	SVP_PEFT_TEST_HUB_PATH=.venv/oldest-hub $(BIN)/python -m pytest tests/test_hub.py
 
 lint: .venv/ready-dev
 	$(BIN)/ruff check .

@@ -19,8 +19,8 @@ from svp_peft.adapter_format import UNUSED_SCALE_ROWS, AdapterContents
 from svp_peft.adapter_store import HubOptions, read_adapter
 from svp_peft.convert import convert_svp_checkpoint
 from svp_peft.doctor import diagnose
-from svp_peft.download import HubUnreachable, library_version
-from svp_peft.errors import SVPError
+from svp_peft.download import library_version
+from svp_peft.errors import HubUnreachable, SVPError
 from svp_peft.hub import push_folder
 
 OK, PROBLEM, USAGE, UNREACHABLE = range(4)

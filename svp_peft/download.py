@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from svp_peft.errors import HubError
+from svp_peft.errors import HubError, HubUnreachable
 
 logger = logging.getLogger(__name__)
 
@@ -173,10 +173,6 @@ def open_repo(
         raise HubError(f"{repo_id}: the Hub named no commit for revision {revision or 'main'}.")
     branch = None if revision == info.sha else revision or "main"
     return HubRepo(repo_id, info.sha, files, branch, False, token, cache_dir, force_download)
-
-
-class HubUnreachable(HubError):
-    """No answer, or the Hub's own failure (HTTP 5xx): trying again later may work."""
 
 
 def call_hub(request: Callable[[], T], repo_id: str) -> T:

@@ -73,5 +73,9 @@ class HubError(SVPError, OSError):
     """The Hugging Face Hub refused, failed, or cannot be reached."""
 
 
+class HubUnreachable(HubError):
+    """No answer, or the Hub's own failure (HTTP 5xx): trying again later may help."""
+
+
 class BackendError(SVPError, RuntimeError):
     """A named backend cannot run here; the message says why and the remedy."""
