@@ -46,7 +46,11 @@ def test_scan_is_right_with_every_gradient(options: dict, length: int, dtype: to
     for leaf, expected in zip(leaves, truth.values(), strict=True):
         if leaf is None:
             continue
-        pairs = ((leaf, expected),) if isinstance(leaf, torch.Tensor) else zip(leaf, expected)
+        pairs = (
+            ((leaf, expected),)
+            if isinstance(leaf, torch.Tensor)
+            else zip(leaf, expected, strict=True)
+        )
         for a, b in pairs:
             assert (error(a.grad, b) < BOUNDS[dtype]) if b.any() else not a.grad.any()
 
