@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -62,7 +63,7 @@ def new_parser(description: str, datasets: list[str]) -> argparse.ArgumentParser
     add("--inner-bottleneck", type=int, default=None)
     add("--mixed-precision", choices=["no", "bf16", "fp16"], default="no")
     add("--ema", type=float, default=None, help="decay; the released code uses 0.99996")
-    add("--workers", type=int, default=5, help="per process, for augmented images")
+    add("--workers", type=int, default=min(16, os.cpu_count() or 1), help="per process")
     add("--checkpoint-seconds", type=float, default=60, help="time between checkpoints")
     add("--steps", type=int, default=None, help="end every epoch after so many, to try things out")
     add("--cpu", action="store_true")

@@ -20,7 +20,12 @@ import psutil
 import torch
 from PIL import Image, UnidentifiedImageError
 from splits import DataError, Split
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from timm.data import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    auto_augment,
+    create_transform,
+)
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -64,7 +69,7 @@ def build_transform(kind: str, size: int, *, training: bool) -> Transform:
         )
     if not training:
         return create_transform(size, interpolation="bicubic", crop_pct=0.875, use_prefetcher=True)
-    return create_transform(
+    pipeline = create_transform(
         size,
         is_training=True,
         color_jitter=0.3,
@@ -72,6 +77,21 @@ def build_transform(kind: str, size: int, *, training: bool) -> Transform:
         interpolation="bicubic",
         use_prefetcher=True,
     )
+    for step in pipeline.transforms:
+        for op in step.ops if isinstance(step, auto_augment.RandAugment) else ():
+            if op.aug_fn is auto_augment.posterize:
+                op.aug_fn = posterise
+    return pipeline
+
+
+def posterise(image: Image.Image, bits: int, **_: object) -> Image.Image:
+    """timm's posterize for every Pillow: at full strength timm keeps no bit at all.
+
+    Older Pillow makes that a black image, newer Pillow an error, once in some hundred images.
+    """
+    if bits < 1:
+        return Image.new(image.mode, image.size)
+    return auto_augment.posterize(image, bits)
 
 
 class Transformed(Dataset):

@@ -21,10 +21,12 @@ from images import (
 from PIL import Image
 from recipes import HTA, VTAB
 from splits import DataError, Split, hold_out
+from timm.data.auto_augment import RandAugment
 from torchvision.datasets import cifar
 
 from tests.miniatures import (
     HTA_WRITERS,
+    picture,
     write_cub,
     write_flowers_torchvision,
     write_gtsrb,
@@ -317,3 +319,12 @@ def test_random_augmentation_follows_the_seed(tmp_path: Path):
             runs.append(next(iter(loader))[0])
         assert torch.equal(runs[0], runs[1])
         assert not torch.equal(runs[0], runs[2])
+
+
+def test_every_random_augmentation_works_at_full_strength():
+    pipeline = build_transform("reference", 16, training=True)
+    [augment] = [step for step in pipeline.transforms if isinstance(step, RandAugment)]
+    image = Image.fromarray(picture(0, 0))
+    for op in augment.ops:
+        op.prob, op.magnitude, op.magnitude_std = 1.0, 10, 0.0
+        assert op(image).size == image.size
