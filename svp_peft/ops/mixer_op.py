@@ -18,7 +18,7 @@ from torch import Tensor
 from svp_peft.ops.backends import choose, kernels
 from svp_peft.ops.casting import compute_dtype
 from svp_peft.ops.mixer_passes import backward_pass, forward_pass, pack, unpack
-from svp_peft.ops.types import MixerWeights
+from svp_peft.ops.types import MixerCache, MixerWeights
 
 # up to this many elements of xz per block everything is kept. On a GPU: at Vim-Small's width 20
 # images of 224 x 224, 0.6 GiB over 24 blocks in bfloat16; larger batches trade time for memory. A
@@ -27,7 +27,12 @@ _KEEP_EVERYTHING = {"cuda": 6_000_000, "cpu": 1 << 62}
 
 
 def mixer(
-    hidden: Tensor, weights: MixerWeights, *, scale: float = 1.0, backend: str | None = None
+    hidden: Tensor,
+    weights: MixerWeights,
+    *,
+    scale: float = 1.0,
+    cache: MixerCache | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """The mixer of one Vim block: in_proj, convolutions, scans in both directions, gate, out_proj.
 
@@ -38,6 +43,8 @@ def mixer(
         hidden: float (batch, L, d_model), normalised tokens. Any L from 1 on.
         weights: the mixer's tensors; see `MixerWeights`.
         scale: 0.5 where the sum of two directions is divided by two.
+        cache: kept by a module whose frozen `weights` are the same object at every call, so that
+            a backend may prepare them once; None for weights that are trained.
         backend: see `svp_peft.set_backend`; None takes the process default.
 
     Returns:
@@ -53,15 +60,34 @@ def mixer(
     if name in ("reference", "mamba_ssm"):
         with torch.autocast(hidden.device.type, enabled=False):
             return kernels(name).mixer(hidden.to(dtype), weights, scale=scale)
+    if cache is not None and name == "cuda" and not torch.compiler.is_compiling():
+        prepared = _prepared(cache, weights, working, scale)
+        if prepared is not None and hidden.numel():
+            keep = 0
+            if hidden.requires_grad and torch.is_grad_enabled():
+                keep = _keep(hidden, weights)
+            return prepared(hidden, keep)  # type: ignore[no-any-return]
     tensors = pack(weights)
     keep = 0
     if torch.is_grad_enabled() and (
         hidden.requires_grad or any(t is not None and t.requires_grad for t in tensors)
     ):
-        elements = hidden.shape[0] * hidden.shape[1] * weights.in_proj_weight.shape[0]
-        keep = 2 if elements <= _KEEP_EVERYTHING.get(hidden.device.type, 0) else 1
+        keep = _keep(hidden, weights)
     run = _mixer_op if torch.compiler.is_compiling() else _Mixer.apply
     return run(hidden, *tensors, scale, working, name, keep)[0].to(dtype)
+
+
+def _keep(hidden: Tensor, weights: MixerWeights) -> int:
+    """How much to keep for the backward pass; see `mixer_passes.py`."""
+    elements = hidden.shape[0] * hidden.shape[1] * weights.in_proj_weight.shape[0]
+    return 2 if elements <= _KEEP_EVERYTHING.get(hidden.device.type, 0) else 1
+
+
+def _prepared(cache: MixerCache, weights: MixerWeights, dtype: torch.dtype, scale: float) -> Any:
+    """What the CUDA backend made of frozen weights, made anew when they changed; or None."""
+    if cache.prepared is None or not cache.prepared.is_for(dtype, scale):
+        cache.prepared = kernels("cuda").frozen_mixer(weights, dtype, scale)
+    return cache.prepared
 
 
 class _Mixer(torch.autograd.Function):

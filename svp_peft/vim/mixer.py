@@ -13,6 +13,7 @@ dt_rank  rank of the time-step projection
 from __future__ import annotations
 
 import math
+import operator
 from typing import Any
 
 import torch
@@ -133,6 +134,7 @@ class VimMixer(nn.Module):
             self.dt_proj_b = nn.Linear(self.dt_rank, self.d_inner, bias=True, **factory)
             self.D_b = self._skip(exact_factory)
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias, **factory)
+        self._cache = ops.MixerCache()
 
     def _convolution(self, bias: bool, factory: dict[str, Any]) -> nn.Conv1d:
         return nn.Conv1d(
@@ -196,7 +198,8 @@ class VimMixer(nn.Module):
                 "token-by-token decoding. Call the model without inference_params."
             )
         if self._is_bare():
-            out = ops.mixer(hidden_states, self._weights(), scale=self._scale)
+            weights, cache = self._weights()
+            out = ops.mixer(hidden_states, weights, scale=self._scale, cache=cache)
         else:
             out = self._composed(hidden_states)
         return out if self.init_layer_scale is None else out * self.gamma
@@ -208,7 +211,8 @@ class VimMixer(nn.Module):
     def _is_bare(self) -> bool:
         """Whether the fused op may read every submodule's weights."""
         bare = (
-            is_bare(self.in_proj, nn.Linear)
+            not _every_module_is_hooked()
+            and is_bare(self.in_proj, nn.Linear)
             and is_bare(self.out_proj, nn.Linear)
             and is_bare(self.conv1d, nn.Conv1d)
             and is_bare(self.x_proj, nn.Linear)
@@ -222,9 +226,31 @@ class VimMixer(nn.Module):
             )
         return bare
 
-    def _weights(self) -> ops.MixerWeights:
+    def _weights(self) -> tuple[ops.MixerWeights, ops.MixerCache | None]:
+        """The weights as the op takes them; the same object while they are frozen and in place."""
         convs, x_projs, dt_projs, skips = self._branches()
-        return ops.MixerWeights(
+        state_matrices = self._state_matrices()
+        parameters = (
+            self.in_proj.weight,
+            self.in_proj.bias,
+            *(conv.weight for conv in convs),
+            *(conv.bias for conv in convs),
+            *(x_proj.weight for x_proj in x_projs),
+            *(dt_proj.weight for dt_proj in dt_projs),
+            *(dt_proj.bias for dt_proj in dt_projs),
+            *state_matrices,
+            *skips,
+            self.out_proj.weight,
+            self.out_proj.bias,
+        )
+        cache = self._cache
+        frozen = not any(p is not None and p.requires_grad for p in parameters)
+        if frozen and cache.weights is not None and len(cache.parameters) == len(parameters):
+            same = all(map(operator.is_, cache.parameters, parameters))
+            # the taps are a view, which an assignment to `.data` leaves behind
+            if same and cache.weights.conv_weight[0].data_ptr() == self.conv1d.weight.data_ptr():
+                return cache.weights, cache
+        weights = ops.MixerWeights(
             in_proj_weight=self.in_proj.weight,
             in_proj_bias=self.in_proj.bias,
             conv_weight=tuple(conv.weight.squeeze(1) for conv in convs),
@@ -232,11 +258,20 @@ class VimMixer(nn.Module):
             x_proj_weight=tuple(x_proj.weight for x_proj in x_projs),
             dt_weight=tuple(dt_proj.weight for dt_proj in dt_projs),
             dt_bias=tuple(dt_proj.bias for dt_proj in dt_projs),
-            A_log=self._state_matrices(),
+            A_log=state_matrices,
             D=skips,
             out_proj_weight=self.out_proj.weight,
             out_proj_bias=self.out_proj.bias,
         )
+        if not frozen or torch.compiler.is_compiling():
+            return weights, None
+        cache.fill(parameters, weights)
+        return weights, cache
+
+    def _apply(self, fn: Any, recurse: bool = True) -> VimMixer:
+        # to(), half() and their like give the parameters other data
+        self._cache = ops.MixerCache()
+        return super()._apply(fn, recurse)  # type: ignore[return-value]
 
     def _branches(
         self,
@@ -269,7 +304,9 @@ class VimMixer(nn.Module):
             for u_k, x_proj in zip(u, x_projs, strict=True)
         ]
         # a bare dt_proj stays inside the scan, which keeps the time step in single precision
-        inside = all(is_bare(dt_proj, nn.Linear) for dt_proj in dt_projs)
+        inside = not _every_module_is_hooked() and all(
+            is_bare(dt_proj, nn.Linear) for dt_proj in dt_projs
+        )
         dt = [
             dt_k if inside else dt_proj(dt_k.to(dtype)).to(working)
             for (dt_k, _, _), dt_proj in zip(low, dt_projs, strict=True)
@@ -297,7 +334,7 @@ class VimMixer(nn.Module):
     ) -> list[Tensor]:
         """SiLU(conv(x)) per branch, in `working`; the second one looks at the tokens after t."""
         reverse = (False, True)[: len(convs)]
-        if all(is_bare(conv, nn.Conv1d) for conv in convs):
+        if not _every_module_is_hooked() and all(is_bare(conv, nn.Conv1d) for conv in convs):
             taps = [conv.weight.squeeze(1) for conv in convs]
             return list(ops.conv_silu(x.to(working), taps, _biases(convs), reverse))
         length = x.shape[1]
@@ -329,6 +366,11 @@ def is_bare(module: nn.Module, expected: type[nn.Module]) -> bool:
             or "forward" in module.__dict__
         )
     )
+
+
+def _every_module_is_hooked() -> bool:
+    """Whether a hook on all modules of the process, as some profilers set, expects to see ours."""
+    return bool(nn.modules.module._has_any_global_hook())
 
 
 def _biases(convs: tuple[nn.Conv1d, ...]) -> tuple[Tensor, ...] | None:

@@ -9,6 +9,7 @@ scan_backward.py, conv.py, norm.py, prompt.py choose kernels and lay out argumen
 import torch
 
 from svp_peft.ops.cuda.conv import conv_silu, conv_silu_backward
+from svp_peft.ops.cuda.frozen_mixer import frozen_mixer
 from svp_peft.ops.cuda.kernels import unavailable_reason
 from svp_peft.ops.cuda.norm import add_norm, add_norm_backward
 from svp_peft.ops.cuda.prompt import prompt, prompt_backward, prompt_backward_into
@@ -20,6 +21,7 @@ __all__ = [
     "add_norm_backward",
     "conv_silu",
     "conv_silu_backward",
+    "frozen_mixer",
     "prompt",
     "prompt_backward",
     "prompt_backward_into",
