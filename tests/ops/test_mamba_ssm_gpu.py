@@ -5,6 +5,8 @@ any order), bfloat16 2e-2 (delta and each direction's y are rounded, and gradien
 both), float16 an eighth of it.
 """
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -24,8 +26,11 @@ BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2.5e-3}
 
 
 @pytest.fixture(autouse=True)
-def _exact_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+def _exact_products() -> Iterator[None]:
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
 
 
 @pytest.mark.parametrize("dtype", BOUNDS)
