@@ -108,6 +108,9 @@ def run_suite(
         splits = None
         for seed in options.seeds or [recipe.seed]:
             folder = options.output / dataset / options.method / f"seed{seed}"
+            if accelerator.is_main_process:
+                claim(folder, settings_of(accelerator, recipe, options, seed))
+            accelerator.wait_for_everyone()
             result = result_of(folder)
             if result is None:
                 splits = splits or load(dataset, recipe)
@@ -120,6 +123,28 @@ def run_suite(
                     f"trained {result['trained_parameters']:,}  {folder}"
                 )
     return results
+
+
+def lr_of(recipe: Recipe, options: argparse.Namespace) -> float:
+    return options.lr or METHOD_LR.get(options.method, recipe.lr)
+
+
+def settings_of(
+    accelerator: Accelerator, recipe: Recipe, options: argparse.Namespace, seed: int
+) -> dict[str, Any]:
+    """What must be the same when a run is resumed."""
+    return {
+        "recipe": asdict(recipe),
+        "method": options.method,
+        "seed": seed,
+        "lr": lr_of(recipe, options),
+        "backbone": str(options.backbone),
+        "mixed_precision": options.mixed_precision,
+        "processes": accelerator.num_processes,
+        "accumulate": options.accumulate,
+        "steps": options.steps,
+        "ema": options.ema,
+    }
 
 
 def run(
@@ -138,23 +163,13 @@ def run(
     Raises:
         RunError: the folder is another run's, the disk is full, the loss is not finite, ...
     """
-    lr = options.lr or METHOD_LR.get(options.method, recipe.lr)
-    settings = {
-        "recipe": asdict(recipe),
-        "method": options.method,
-        "seed": seed,
-        "lr": lr,
-        "backbone": str(options.backbone),
-        "mixed_precision": options.mixed_precision,
-        "processes": accelerator.num_processes,
-        "accumulate": options.accumulate,
-        "steps": options.steps,
-        "ema": options.ema,
-        "train": {"images": len(splits.train), "fingerprint": splits.train.fingerprint()},
-        "test": {"images": len(splits.test), "fingerprint": splits.test.fingerprint()},
+    lr = lr_of(recipe, options)
+    data = {
+        name: {"images": len(split), "fingerprint": split.fingerprint()}
+        for name, split in (("train", splits.train), ("test", splits.test))
     }
     if accelerator.is_main_process:
-        claim(folder, settings)
+        claim(folder, data)
     accelerator.wait_for_everyone()
 
     set_seed(seed)
@@ -173,6 +188,8 @@ def run(
     head = sum(p.numel() for p in model.head.parameters())
 
     device = accelerator.device
+    # before the moving average copies it
+    model.to(device)
     rank, world = accelerator.process_index, accelerator.num_processes
     size = model.img_size[0]
     batch = per_step_batch(recipe.batch_size, world * options.accumulate, len(splits.train))

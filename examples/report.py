@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -47,6 +48,8 @@ class Row:
     trained_parameters: int
     head_parameters: int
     lr: float
+    select: str = "last"
+    """The split that chose the epoch."""
 
 
 def read_runs(paths: Iterable[Path]) -> list[Row]:
@@ -69,7 +72,8 @@ def read_runs(paths: Iterable[Path]) -> list[Row]:
 
 def _row(raw: dict[str, Any], dataset: str, accuracy: float) -> Row:
     keys = ("method", "seed", "trained_parameters", "head_parameters", "lr")
-    return Row(dataset=dataset, accuracy=100 * accuracy, **{key: raw[key] for key in keys})
+    known = {key: raw[key] for key in keys}
+    return Row(dataset=dataset, accuracy=100 * accuracy, select=raw.get("select", "last"), **known)
 
 
 # ---- tables --------------------------------------------------------------------------------------
@@ -279,12 +283,19 @@ def main(command: list[str] | None = None) -> str:
     folders = [path for path in options.paths if not path.is_file()]
     texts = [evidence_report(path) for path in options.paths if path.is_file()]
     if folders:
-        texts.append(accuracy_table(read_runs(folders)))
+        rows = read_runs(folders)
+        texts.append(accuracy_table(rows))
+        if any(row.select == "test" for row in rows):
+            texts.append("The best epoch was chosen on the test split, as in the released code.")
     text = "\n\n".join(texts)
     if options.plots:
         compared = [row for row in read_runs(options.paths) if row.method in METHODS]
         plot_accuracy(compared, options.plots / "accuracy.svg")
-        plot_curves(folders, options.plots / "curves.svg")
+        drawn = ["accuracy.svg"]
+        drawn += ["curves.svg"] * plot_curves(folders, options.plots / "curves.svg")
+        if options.into:
+            place = os.path.relpath(options.plots, options.into.parent)
+            text += "".join(f"\n\n![{plot.partition('.')[0]}]({place}/{plot})" for plot in drawn)
     if options.into:
         put_into(options.into, text)
     else:

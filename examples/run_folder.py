@@ -41,7 +41,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def claim(folder: Path, settings: dict[str, Any]) -> None:
-    """Make `folder` the one of the run with these settings.
+    """Make `folder` the one of the run with these settings; more of them may be added later.
 
     Raises:
         RunError: it belongs to a run with other settings.
@@ -49,17 +49,17 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
     with disk(folder):
         folder.mkdir(parents=True, exist_ok=True)
     settings = json.loads(json.dumps(settings))
-    if not (folder / "run.json").is_file():
-        write_json(folder / "run.json", settings)
-        return
-    found = json.loads((folder / "run.json").read_text())
-    differ = [key for key in settings | found if settings.get(key) != found.get(key)]
+    file = folder / "run.json"
+    found = json.loads(file.read_text()) if file.is_file() else {}
+    differ = [key for key in settings if key in found and settings[key] != found[key]]
     if differ:
-        shown = ", ".join(f"{k} ({found.get(k)!r}, now {settings.get(k)!r})" for k in differ[:4])
+        shown = ", ".join(f"{k} ({found[k]!r}, now {settings[k]!r})" for k in differ[:4])
         raise RunError(
             f"{folder} holds a run with other settings: {shown}. Use another --output, or delete "
             "the folder."
         )
+    if not settings.keys() <= found.keys():
+        write_json(file, found | settings)
 
 
 def result_of(folder: Path) -> dict[str, Any] | None:

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from accelerate.utils import set_seed
-from datasets import FOLDERS, load_hta, load_vtab
+from datasets import DOWNLOADS, FOLDERS, load_hta, load_vtab
 from images import (
     Order,
     Transformed,
@@ -128,6 +129,34 @@ def test_a_missing_list_or_image_is_named(tmp_path: Path):
     (folder / "test.json").unlink()
     with pytest.raises(DataError, match=r"test\.json is missing"):
         load_hta("cub", tmp_path)
+
+
+@pytest.mark.parametrize("name", DOWNLOADS)
+def test_what_torchvision_can_download_is_found_where_it_puts_it(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    write = write_flowers_torchvision if name == "flowers" else HTA_WRITERS[name]
+    classes = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "dtd": "DTD", "gtsrb": "GTSRB"}
+    classes |= {"svhn": "SVHN", "food101": "Food101", "flowers": "Flowers102"}
+    asked: list[tuple] = []
+
+    class Fake(getattr(torchvision.datasets, classes[name])):
+        def __init__(self, root, *args, download=False, **kwargs):
+            if download:
+                asked.append(args)
+                if len(asked) == 1:
+                    write(Path(root))
+            else:
+                super().__init__(root, *args, **kwargs)
+
+    monkeypatch.setattr(torchvision.datasets, classes[name], Fake)
+    assert len(load_hta(name, tmp_path / "new folder", download=True).train) > 0
+    assert asked in ([()], [("train",), ("test",)])
+
+
+def test_what_torchvision_cannot_download_says_so(tmp_path: Path):
+    with pytest.raises(DataError, match="cub: torchvision cannot download it"):
+        load_hta("cub", tmp_path, download=True)
 
 
 def test_an_unknown_name_lists_the_known_ones(tmp_path: Path):

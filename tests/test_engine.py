@@ -127,14 +127,20 @@ def test_what_a_kill_leaves_half_written_is_written_again(
 
 def test_another_run_is_refused_the_folder(uninterrupted: Path, tiny_backbone: Path):
     arguments = command(tiny_backbone, uninterrupted / "data", uninterrupted / "out", epochs=4)
-    result = uninterrupted / "out/dtd/svp/seed0/result.json"
-    kept = result.read_text()
-    result.unlink()
-    try:
-        with pytest.raises(RunError, match=r"other settings: lr \(0\.003, now 0\.001\)"):
-            train_hta.main([*arguments, "--lr", "1e-3"])
-    finally:
-        result.write_text(kept)
+    # complete or not: else a new learning rate would get the old result
+    with pytest.raises(RunError, match=r"other settings: lr \(0\.003, now 0\.001\)"):
+        train_hta.main([*arguments, "--lr", "1e-3"])
+
+
+def test_changed_images_are_another_run(tiny_backbone: Path, tmp_path: Path):
+    write_dtd(tmp_path / "data")
+    arguments = [*command(tiny_backbone, tmp_path / "data", tmp_path / "out"), "--steps", "1"]
+    train_hta.main(arguments)
+    (tmp_path / "out/dtd/svp/seed0/result.json").unlink()
+    listing = tmp_path / "data/dtd/dtd/labels/train1.txt"
+    listing.write_text("\n".join(listing.read_text().split()[1:]))
+    with pytest.raises(RunError, match="other settings: train"):
+        train_hta.main(arguments)
 
 
 def test_a_full_disk_keeps_the_checkpoint_before(tiny_backbone: Path, tmp_path: Path):
@@ -376,6 +382,7 @@ def test_the_two_layer_head_of_the_released_runs_is_trained(tiny_backbone: Path,
     model = sp.load_vim(tiny_backbone, num_classes=5)
     apply_method(model, "svp", cross_group_size=2, factorised_head=True)
     assert {"head.0.weight", "head.1.weight"} <= trained_state(model).keys()
+    torch.nn.init.constant_(model.svp.alpha, 0.1)
     save_trained(model, "svp", tmp_path)
     shutil.copytree(tmp_path, tmp_path / "copy", dirs_exist_ok=True)
     load_trained(model, "svp", tmp_path / "copy")

@@ -18,6 +18,7 @@ def write_run(root: Path, dataset: str, method: str, seed: int, accuracy: float,
         "trained_parameters": trained,
         "head_parameters": 1000,
         "lr": 1e-3,
+        "select": "test",
     }
     (folder / "result.json").write_text(json.dumps(result))
     rows = [{"epoch": epoch, "loss": 2.0 / (epoch + 1)} for epoch in range(3)]
@@ -59,7 +60,8 @@ def test_claims_that_do_not_hold_are_said_not_to_hold(runs: Path):
 
 def test_plots_are_written_and_the_same_numbers_give_the_same_file(runs: Path, tmp_path: Path):
     for name in ("one", "two"):
-        report.main([str(runs), "--plots", str(tmp_path / name)])
+        text = report.main([str(runs), "--plots", str(tmp_path / name)])
+        assert text.endswith("chosen on the test split, as in the released code.")
     for plot in ("accuracy.svg", "curves.svg"):
         texts = [(tmp_path / name / plot).read_text() for name in ("one", "two")]
         assert "<svg" in texts[0]
@@ -100,8 +102,9 @@ def test_the_report_goes_between_the_markers_of_a_page(tmp_path: Path):
     page.write_text("# Results\n\n<!-- report -->\nold\n<!-- end of report -->\n\nafter\n")
     file = evidence_file(tmp_path / "evidence.json")
     for _ in range(2):
-        report.main([str(file), "--into", str(page)])
+        report.main([str(file), "--into", str(page), "--plots", str(tmp_path / "images")])
     text = page.read_text()
+    assert text.count("![accuracy](images/accuracy.svg)") == 1
     assert text.startswith("# Results\n\n<!-- report -->\n\n25 runs")
     assert text.endswith("<!-- end of report -->\n\nafter\n")
     assert "\nold\n" not in text
