@@ -71,8 +71,16 @@ SOURCES: dict[str, str] = {
     "vtab": "the link in https://github.com/dongzelian/SSF#data-preparation",
 }
 JSON_SOURCE = "the split files fgvc_split.zip linked in https://github.com/KMnP/vpt#datasets"
-DOWNLOADS = ("cifar10", "cifar100", "dtd", "gtsrb", "svhn", "food101", "flowers")
-HTA = tuple(FOLDERS)
+# torchvision's class, and the splits that it downloads one by one
+DOWNLOADS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "cifar10": ("CIFAR10", ()),
+    "cifar100": ("CIFAR100", ()),
+    "dtd": ("DTD", ()),
+    "gtsrb": ("GTSRB", ("train", "test")),
+    "svhn": ("SVHN", ("train", "test")),
+    "food101": ("Food101", ()),
+    "flowers": ("Flowers102", ()),
+}
 
 
 def load_hta(name: str, root: Path, *, honest: bool = True, download: bool = False) -> Splits:
@@ -148,21 +156,14 @@ def _remedy(name: str, folder: Path) -> str:
 
 def _download(name: str, root: Path) -> None:
     root = Path(root).expanduser()
-    fetch: dict[str, Callable[[], object]] = {
-        "cifar10": lambda: tv.CIFAR10(root, download=True),
-        "cifar100": lambda: tv.CIFAR100(root, download=True),
-        "dtd": lambda: tv.DTD(root, download=True),
-        "gtsrb": lambda: [tv.GTSRB(root, split, download=True) for split in ("train", "test")],
-        "svhn": lambda: [tv.SVHN(str(root), split, download=True) for split in ("train", "test")],
-        "food101": lambda: tv.Food101(root, download=True),
-        "flowers": lambda: tv.Flowers102(root, download=True),
-    }
-    if name not in fetch:
+    if name not in DOWNLOADS:
         raise DataError(
             f"{name}: torchvision cannot download it. {_remedy(name, root / FOLDERS[name][0])}"
         )
     root.mkdir(parents=True, exist_ok=True)
-    fetch[name]()
+    kind, splits = DOWNLOADS[name]
+    for options in [{"split": split} for split in splits] or [{}]:
+        getattr(tv, kind)(str(root), download=True, **options)
 
 
 # ---- one reader per format -----------------------------------------------------------------------
