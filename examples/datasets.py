@@ -35,7 +35,16 @@ from pathlib import Path
 import numpy as np
 import torchvision.datasets as tv
 from scipy.io import loadmat
-from splits import DataError, Split, Splits, any_case, checked_split, few, hold_out
+from splits import (
+    DataError,
+    Split,
+    Splits,
+    any_case,
+    checked_split,
+    few,
+    hold_out,
+    known_label,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -183,7 +192,7 @@ def _fgvc(folder: Path, honest: bool) -> Splits:
     splits = {
         split: checked_split(
             [_image_path(folder, images, key) for key in table],
-            [_label(c, number, folder / f"{split}.json") for c in table.values()],
+            [known_label(c, number, folder / f"{split}.json") for c in table.values()],
             list(table),
         )
         for split, table in tables.items()
@@ -239,7 +248,10 @@ def _dtd(folder: Path, honest: bool) -> Splits:
     splits = {
         split: checked_split(
             [folder / "images" / line for line in names],
-            [_label(line.split("/")[0], number, folder / f"labels/{split}1.txt") for line in names],
+            [
+                known_label(line.split("/")[0], number, folder / f"labels/{split}1.txt")
+                for line in names
+            ],
             names,
         )
         for split, names in lines.items()
@@ -267,7 +279,7 @@ def _gtsrb(folder: Path, honest: bool) -> Splits:
         )
     test = checked_split(
         [images / row["Filename"] for row in rows],
-        [_label(int(row["ClassId"]), number, table) for row in rows],
+        [known_label(int(row["ClassId"]), number, table) for row in rows],
         [row["Filename"] for row in rows],
     )
     if not honest:
@@ -310,7 +322,7 @@ def _food(folder: Path, honest: bool) -> Splits:
     for split, table in tables.items():
         names = [f"{key}.jpg" for keys in table.values() for key in keys]
         labels = [
-            _label(c, number, folder / f"meta/{split}.json")
+            known_label(c, number, folder / f"meta/{split}.json")
             for c, keys in table.items()
             for _ in keys
         ]
@@ -385,9 +397,6 @@ def _vtab_list(folder: Path, file: str, num_classes: int) -> Split:
     return checked_split([folder / name for name in names], labels, names)
 
 
-# ---- shared --------------------------------------------------------------------------------------
-
-
 def _json(file: Path) -> dict:
     if not file.is_file():
         raise DataError(f"{file} is missing: it lists the images. Put in {JSON_SOURCE}.")
@@ -395,12 +404,3 @@ def _json(file: Path) -> dict:
         return json.loads(file.read_text("utf-8-sig"))
     except json.JSONDecodeError as error:
         raise DataError(f"{file} is not valid JSON ({error}). Unpack it again.") from error
-
-
-def _label(value: object, number: dict, file: Path) -> int:
-    if value not in number:
-        raise DataError(
-            f"{file}: class {value!r} is out of range: the training split has no such class "
-            f"({len(number)} classes). The split files do not belong together; unpack them again."
-        )
-    return number[value]

@@ -90,6 +90,16 @@ def checked_split(images: list[Path], labels: list[int], names: list[str]) -> Sp
     return Split(images, labels, names)
 
 
+def known_label(value: object, number: dict, file: Path) -> int:
+    """The number of a class; an error names the file if training has no such class."""
+    if value not in number:
+        raise DataError(
+            f"{file}: class {value!r} is out of range: the training split has no such class "
+            f"({len(number)} classes). The split files do not belong together; unpack them again."
+        )
+    return number[value]
+
+
 def _listing(folder: Path) -> set[str]:
     return set(os.listdir(folder)) if folder.is_dir() else set()
 
