@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from svp_peft.adapter_tensors import module_of
 from svp_peft.config import BASE_ADAPTER
 from svp_peft.errors import AdapterNameError, InputError
+from svp_peft.grouped import can_group, prompt_grouped
 from svp_peft.prompters import simam
 from svp_peft.state import SVPState, module_path, patched_model, svp_of, use_modules_of
 
@@ -111,12 +112,20 @@ class route:  # used as a function, `with route(...)`, and named like one
 
     def prompt(self, svp: SVPState, x: Tensor, block: int, skip: tuple[int, ...]) -> Tensor:
         """Each row of `x` (batch, L, d_model) prompted by its own adapter."""
-        return self._join(
-            [
-                rows if name == BASE_ADAPTER else svp.adapter_named(name)(rows, block, skip)
-                for name, rows in self._split(x)
-            ]
-        )
+        parts = self._split(x)
+        named = [name for name in self.groups if name != BASE_ADAPTER]
+        adapters = [svp.adapter_named(name) for name in named]
+        sizes = [len(self.groups[name]) for name in named]
+        if named and _on_gpu(x) and can_group(adapters, sizes, block):
+            tokens = [rows for name, rows in parts if name != BASE_ADAPTER]
+            prompted = dict(zip(named, prompt_grouped(tokens, adapters, block, skip), strict=True))
+        else:
+            prompted = {
+                name: svp.adapter_named(name)(rows, block, skip)
+                for name, rows in parts
+                if name != BASE_ADAPTER
+            }
+        return self._join([prompted.get(name, rows) for name, rows in parts])
 
     def head(self, in_use: str, features: Tensor, output: Tensor) -> Tensor:
         """Each row of `features` through its own adapter's head.
@@ -192,6 +201,11 @@ class _RouteHead:
             return output
         features = args[0] if args else next(iter(kwargs.values()))
         return self.routing.head(self.in_use, features, output)
+
+
+def _on_gpu(x: Tensor) -> bool:
+    # grouping pads: it pays where one adapter's products are too small to fill the device
+    return x.is_cuda
 
 
 def _check_names(svp: SVPState, names: tuple[str, ...]) -> None:
