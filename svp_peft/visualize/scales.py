@@ -72,7 +72,7 @@ def plot_scales(model: nn.Module) -> Figure:
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.25)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes[0].set_ylabel("|scale|: median and 10-90% of channels")
+    axes[0].set_ylabel("|scale| of the channels:\nmedian and 10-90%")
     return figure
 
 
