@@ -26,7 +26,6 @@ validation accuracy worthless, hence whole tracks.
 from __future__ import annotations
 
 import csv
-import json
 import logging
 from collections import Counter
 from collections.abc import Callable
@@ -44,6 +43,7 @@ from splits import (
     few,
     hold_out,
     known_label,
+    read_json,
 )
 
 logger = logging.getLogger(__name__)
@@ -180,9 +180,11 @@ def _download(name: str, root: Path) -> None:
 
 def _fgvc(folder: Path, honest: bool) -> Splits:
     """VPT's json files, {relative path: class id}: CUB-200, NABirds, Dogs, Cars, Flowers."""
-    tables = {split: _json(folder / f"{split}.json") for split in ("train", "test")}
+    tables = {
+        split: read_json(folder / f"{split}.json", JSON_SOURCE) for split in ("train", "test")
+    }
     if honest:
-        tables["val"] = _json(folder / "val.json")
+        tables["val"] = read_json(folder / "val.json", JSON_SOURCE)
         # 815 of the 8,144 training images of Cars are its validation images
         tables["train"] = {k: v for k, v in tables["train"].items() if k not in tables["val"]}
     # ids are "001".. or 295..1010: numbered by the training split, for NABirds' validation split
@@ -240,8 +242,9 @@ def _cifar(folder: Path, honest: bool) -> Splits:
 
 
 def _dtd(folder: Path, honest: bool) -> Splits:
+    lists = folder / "labels"
     lines = {
-        split: (folder / "labels" / f"{split}1.txt").read_text("utf-8-sig").split()
+        split: (lists / f"{split}1.txt").read_text("utf-8-sig").split()
         for split in ("train", "val", "test")
     }
     number = {c: i for i, c in enumerate(sorted({line.split("/")[0] for line in lines["train"]}))}
@@ -316,7 +319,10 @@ def _svhn(folder: Path, honest: bool) -> Splits:
 
 
 def _food(folder: Path, honest: bool) -> Splits:
-    tables = {split: _json(folder / "meta" / f"{split}.json") for split in ("train", "test")}
+    tables = {
+        split: read_json(folder / "meta" / f"{split}.json", JSON_SOURCE)
+        for split in ("train", "test")
+    }
     number = {c: i for i, c in enumerate(sorted(tables["train"]))}
     splits = {}
     for split, table in tables.items():
@@ -395,12 +401,3 @@ def _vtab_list(folder: Path, file: str, num_classes: int) -> Split:
         names.append(name)
         labels.append(int(label))
     return checked_split([folder / name for name in names], labels, names)
-
-
-def _json(file: Path) -> dict:
-    if not file.is_file():
-        raise DataError(f"{file} is missing: it lists the images. Put in {JSON_SOURCE}.")
-    try:
-        return json.loads(file.read_text("utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{file} is not valid JSON ({error}). Unpack it again.") from error

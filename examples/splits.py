@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -98,6 +99,16 @@ def known_label(value: object, number: dict, file: Path) -> int:
             f"({len(number)} classes). The split files do not belong together; unpack them again."
         )
     return number[value]
+
+
+def read_json(file: Path, source: str) -> dict:
+    """The table in the file; an error says where `source` has it."""
+    if not file.is_file():
+        raise DataError(f"{file} is missing: it lists the images. Put in {source}.")
+    try:
+        return json.loads(file.read_text("utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{file} is not valid JSON ({error}). Unpack it again.") from error
 
 
 def _listing(folder: Path) -> set[str]:
