@@ -85,6 +85,9 @@ def check_backward(case: Case, need: ScanNeeds = EVERY_GRADIENT, factor: float =
             zip(got, expected, strict=True) if isinstance(expected, tuple) else ((got, expected),)
         )
         for k, (g, e) in enumerate(pairs):
+            if not e.any():  # dA of a single token: sums of rounding errors of numbers up to 1e3
+                assert g.abs().max() < 1e-3, name
+                continue
             assert error(g, e) < bound, f"{name} of direction {k}: {error(g, e):.1e}"
 
 
@@ -171,8 +174,8 @@ def test_each_gradient_alone_is_the_same_as_among_all(name: str, dtype: torch.dt
         pairs = (getattr(alone, field), getattr(everything, field))
         flat = [x if isinstance(x, tuple) else (x,) for x in pairs]
         for a, b in zip(*flat, strict=True):
-            # other gradients change how the compiler schedules, not what is summed
-            assert error(a, b.double()) < 1e-2 * GRADIENT_BOUND[dtype] + 1e-6
+            # those of the parameters restart the sums of d dt at every tile: other last bits
+            assert error(a, b.double()) < 0.2 * GRADIENT_BOUND[dtype]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

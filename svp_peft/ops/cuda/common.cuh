@@ -118,6 +118,21 @@ DEVICE void load_rows(T* shared, const T* global, int row_stride, int first, int
   }
 }
 
+// The reverse of load_rows for finished tiles: row r goes to the token of step first + r * direction
+// where that step is below `limit`.
+template <int BYTES, int ROWS, int WIDTH, class T>
+DEVICE void store_rows(T* global, const T* shared, int row_stride, int first, int direction,
+                       int limit, int length, bool reversed, int lane, int valid = WIDTH) {
+  constexpr int E = BYTES > 0 ? 16 / sizeof(T) : 1, PER_ROW = WIDTH / E, TOTAL = ROWS * PER_ROW;
+#pragma unroll
+  for (int i0 = 0; i0 < TOTAL; i0 += 32) {
+    const int i = i0 + lane, r = i / PER_ROW, p = i % PER_ROW * E, s = first + direction * r;
+    const i64 at = (i64)(reversed ? length - 1 - s : s) * row_stride + p;
+    if (s < limit && (BYTES > 0 || p < valid))
+      *(Pack<T, E>*)(global + at) = *(const Pack<T, E>*)(shared + r * WIDTH + p);
+  }
+}
+
 // Widen COUNT staged elements (a multiple of 4) to float, by one warp.
 template <int COUNT, class T> DEVICE void widen_rows(float* out, const T* in, int lane) {
 #pragma unroll

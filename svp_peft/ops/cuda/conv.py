@@ -34,7 +34,7 @@ def conv_silu(
     if x.numel() == 0:
         return out
     kernel, pack = _kernel_for("conv_forward", x, x_row, taps, biases, reverse, (), x_row)
-    chunk, grid = _grid(kernel.device, batch, length, channels, pack)
+    chunk, grid = _grid(kernel.device, batch, length, channels, pack, 8)
     kernel(
         grid,
         x.data_ptr(), *pointers(taps), *pointers(biases), *pointers(out), 0, 0, 0, 0,
@@ -82,7 +82,7 @@ def conv_silu_backward(
             "conv_backward", x, x_row, taps, biases, reverse, needs, dx_row or x_row,
             *(g.data_ptr() for g in grads), 0 if dx is None else dx.data_ptr(),
         )  # fmt: skip
-        chunk, grid = _grid(kernel.device, batch, length, channels, pack)
+        chunk, grid = _grid(kernel.device, batch, length, channels, pack, 5)
         if need_weight or need_bias:
             width = weight[0].shape[1]
             partial = torch.empty(
@@ -165,11 +165,10 @@ def _kernel(
 
 
 def _grid(
-    device: int, batch: int, length: int, channels: int, pack: int
+    device: int, batch: int, length: int, channels: int, pack: int, blocks: int = 8
 ) -> tuple[int, tuple[int, int, int]]:
-    """Tokens of a thread, and the grid: chunks as long as still fill the GPU."""
+    """Tokens of a thread, and the grid: no more blocks than run at once, or the rest runs alone."""
     columns = -(-channels // (128 * pack))
-    wanted = -(-8 * multiprocessors(device) // (columns * batch))
+    wanted = blocks * multiprocessors(device) // (columns * batch)
     chunk = max(8, -(-length // max(1, wanted)))
-    chunk = min(chunk, 64)
     return chunk, (columns, -(-length // chunk), batch)

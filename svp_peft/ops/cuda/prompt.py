@@ -89,7 +89,9 @@ def prompt_backward_into(
     kernel, pack = _kernel_for(
         "prompt_backward", grad, cross, cross_row, inner, inner_row, skip, dcross_row, dcross
     )
-    blocks = min(-(-tokens // _rows_of_block(width // pack)), 4 * multiprocessors(kernel.device))
+    # few partial sums: adding them up is a launch of its own, as long as a short kernel
+    wanted = -(-tokens // (4 * _rows_of_block(width // pack)))
+    blocks = min(wanted, 3 * multiprocessors(kernel.device))
     partial = torch.empty((blocks, 4, width), device=grad.device, dtype=torch.float32)
     kernel(
         (blocks, 1, 1),

@@ -44,6 +44,8 @@ struct alignas(16) Block {
   Warp warps[WARPS];
 };
 
+static_assert(sizeof(Block) <= SHARED_BYTES, "the launcher asks for too little shared memory");
+
 DEVICE void block_sync() {
   if constexpr (WARPS == 1)
     __syncwarp();

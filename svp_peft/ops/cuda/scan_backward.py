@@ -64,6 +64,8 @@ def scan_backward(
     y = None if y is None or not need.z else y.contiguous()
     fast = _is_fast(u[0], A_log[0].shape[1])
     extra = [(grad_out.data_ptr(), channels)] + ([] if y is None else [(y.data_ptr(), channels)])
+    if dz_out is not None:
+        extra.append((dz_out.data_ptr(), rows(dz_out)[1]))
     given = gather(
         u,
         dt,
@@ -118,7 +120,9 @@ def scan_backward(
     tiles = -(-length // _TILE)
     if fast:
         workspace = [empty(directions, batch, tiles * _TILE, channels, 2)]
-        states = empty(directions, batch, tiles, d_state + 1, channels) if need.A else None
+        states = None
+        if need.A or need.dt_bias:
+            states = empty(directions, batch, tiles, d_state + 1, channels)
         workspace_at: tuple[int, ...] = (workspace[0].data_ptr(), _address(states))
         workspace += [] if states is None else [states]
     else:
@@ -235,6 +239,7 @@ def _exact_kernel(device: int, macros: _Macros, need: ScanNeeds, workers: int) -
         + 2 * _TILE * 32 * 4
     )
     shared = 2 * 5 * _TILE * 32 * size + d_state // group * warp
+    known["SHARED_BYTES"] = shared
     return Kernel(
         "scan_backward",
         "scan_backward",
@@ -250,21 +255,18 @@ def _exact_kernel(device: int, macros: _Macros, need: ScanNeeds, workers: int) -
 def _fast_kernel(device: int, macros: _Macros, need: ScanNeeds, workers: int) -> Kernel:
     known = dict(macros) | _need_macros(need)
     # 16 warps per multiprocessor at 128 registers; the sums for dA take 16 registers more
-    warps = 12 if need.A else 16
-    known |= {"WARPS": workers, "BLOCKS_PER_SM": warps // workers, "UNROLL": 2}
+    warps = 12
+    known |= {"WARPS": workers, "BLOCKS_PER_SM": warps // workers, "UNROLL": 4}
     d_state, rank = int(str(known["D_STATE"])), int(str(known["RANK"]))
     tile = _TILE * 32 * 2
     padded = -(-rank // 16) * 16
-    stage = (
-        2 * tile
-        + (tile if known["HAS_Z"] else 16)
-        + (_TILE * (padded + 8) * 2 if rank else tile)
-        + (tile if need.z else 16)
-    )
+    first = (tile if need.z else 16) + (_TILE * (padded + 8) * 2 if rank else tile)
+    stage = 2 * tile + (tile if known["HAS_Z"] else 16) + max(first, _TILE * 32 * 8)
     projection = 2 * padded // 16 * 32 * 16 + 32 * 4 if rank else 0
     warp = 2 * stage + projection + _TILE * 33 * 4
     block = 4 * _TILE * d_state * 2 + 2 * _TILE * d_state * 4
     shared = block + workers * (warp + _TILE * 33 * 16)
+    known["SHARED_BYTES"] = shared
     return Kernel(
         "scan_backward_fast",
         "scan_backward_fast",

@@ -6,7 +6,7 @@
 // there on each picks up what the other left, adds its own, gates and writes the result. One barrier,
 // no second buffer, no atomics.
 //
-// More macros: SAVE_Y, BLOCKS_PER_SM.
+// More macros: SAVE_Y, BLOCKS_PER_SM, UNROLL.
 #include "scan.cuh"
 
 struct Args {
@@ -15,14 +15,17 @@ struct Args {
 };
 static_assert(sizeof(Args) == ARGS_BYTES, "the launcher packs exactly these fields");
 
+constexpr int STEPS = UNROLL;  // pragmas take no macros
+
 struct alignas(16) Stage {
   ACT u[TILE_ELEMENTS];
 #if RANK > 0
   ACT low[TILE * RANK_PITCH];
 #else
-  ACT dt[TILE_ELEMENTS];
+  ACT raw_dt[TILE_ELEMENTS];
 #endif
-  ACT z[HAS_Z ? TILE_ELEMENTS : 8], partner[DIRECTIONS == 2 ? TILE_ELEMENTS : 8];
+  // what a step has read here it replaces by its results: y in z, out in partner
+  ACT z[HAS_Z || SAVE_Y ? TILE_ELEMENTS : 8], partner[TILE_ELEMENTS];
   ACT B[TILE * D_STATE], C[TILE * D_STATE];
 };
 
@@ -31,103 +34,103 @@ struct alignas(16) Warp {
   float B[TILE * D_STATE], C[TILE * D_STATE];
 #if RANK > 0
   StepProjection projection;
-  float dt[TILE * 33];
 #endif
+  float dt[TILE * 33];
 };
 
-extern "C" __global__ void __launch_bounds__(32 * DIRECTIONS, BLOCKS_PER_SM)
-    scan_forward(const __grid_constant__ Args args) {
-  __shared__ Warp warps[DIRECTIONS];
-  const ScanInputs& in = args.in;
-  const int direction = threadIdx.x / 32, lane = threadIdx.x % 32;
-  Warp& self = warps[direction];
-  const int channels = D_INNER ? D_INNER : in.channels, length = in.length;
-  const int groups = (channels + CHANNELS - 1) / CHANNELS;
-  const int image = blockIdx.x / groups, first = blockIdx.x % groups * CHANNELS;
-  const int valid = min(CHANNELS, channels - first), channel = first + lane;
-  const bool active = lane < valid, back = is_reversed(direction);
+// One warp's walk. One copy of the code serves both directions: two would not fit the instruction
+// cache.
+struct Walk {
+  const ScanInputs& in;
+  Warp& self;
+  const bool back;
+  const int lane, length, channels, valid;
+  const ACT *u, *dt, *B, *C, *z;
+  ACT *out, *y_out;
+  float rate[D_STATE], h[D_STATE], skip, bias;
 
-  const ACT* u = in.u[direction] + (i64)image * length * in.u_row + first;
-  const ACT* B = in.B[direction] + (i64)image * length * in.b_row;
-  const ACT* C = in.C[direction] + (i64)image * length * in.c_row;
-  const ACT* dt = in.dt[direction] + (i64)image * length * in.dt_row + (RANK ? 0 : first);
-  const ACT* z = HAS_Z ? in.z + (i64)image * length * in.z_row + first : nullptr;
-  ACT* out = args.out + (i64)image * length * channels + first;
-  ACT* y_out = SAVE_Y ? args.y + (i64)image * length * channels + first : nullptr;
-
-  float rate[D_STATE], h[D_STATE];
+  DEVICE Walk(const Args& args, Warp& self, int direction, int image, int first, int lane)
+      : in(args.in), self(self), back(is_reversed(direction)), lane(lane), length(args.in.length),
+        channels(D_INNER ? D_INNER : args.in.channels),
+        valid(D_INNER ? CHANNELS : min(CHANNELS, args.in.channels - first)) {
+    const i64 origin = (i64)image * length;  // the image's first token
+    u = in.u[direction] + origin * in.u_row + first;
+    dt = in.dt[direction] + origin * in.dt_row + (RANK ? 0 : first);
+    B = in.B[direction] + origin * in.b_row;
+    C = in.C[direction] + origin * in.c_row;
+    z = HAS_Z ? in.z + origin * in.z_row + first : nullptr;
+    out = args.out + origin * channels + first;
+    y_out = SAVE_Y ? args.y + origin * channels + first : nullptr;
+    const int channel = first + lane;
+    const bool active = lane < valid;
 #pragma unroll
-  for (int n = 0; n < D_STATE; n++) {
-    rate[n] = active ? decay_rate(in.A[direction], (i64)channel * D_STATE + n) : 0.f;
-    h[n] = 0.f;
-  }
-  const float skip = HAS_D && active ? widen(in.D[direction][channel]) : 0.f;
+    for (int n = 0; n < D_STATE; n++) {
+      rate[n] = active ? decay_rate(in.A[direction], (i64)channel * D_STATE + n) : 0.f;
+      h[n] = 0.f;
+    }
+    skip = HAS_D && active ? widen(in.D[direction][channel]) : 0.f;
+    bias = 0.f;
 #if RANK > 0
-  self.projection.load(in.dt_weight[direction], in.dt_bias[direction], first, channels, lane);
-  clear_rank_padding(self.stage[0].low, lane);
-  clear_rank_padding(self.stage[1].low, lane);
-  __syncwarp();
+    self.projection.load(in.dt_weight[direction], in.dt_bias[direction], first, channels, lane);
+    clear_rank_padding(self.stage[0].low, lane);
+    clear_rank_padding(self.stage[1].low, lane);
+    __syncwarp();
 #else
-  const float bias = HAS_BIAS && active ? widen(in.dt_bias[direction][channel]) : 0.f;
+    if (HAS_BIAS && active) bias = widen(in.dt_bias[direction][channel]);
 #endif
+  }
 
-  auto load = [&](Stage& to, int s, bool meet) {
-    load_rows<COPY_TILE, TILE, CHANNELS, CHANNELS>(to.u, u, in.u_row, s, 1, length, back, lane, valid);
+  DEVICE void load_tile(ACT* to, const ACT* from, int row, int s) {
+    load_rows<COPY_TILE, TILE, CHANNELS, CHANNELS>(to, from, row, s, 1, length, back, lane, valid);
+  }
+  template <bool MEET> DEVICE void load(Stage& to, int s) {
+    load_tile(to.u, u, in.u_row, s);
 #if RANK > 0
     load_rows<COPY_ROWS, TILE, RANK, RANK_PITCH>(to.low, dt, in.dt_row, s, 1, length, back, lane);
 #else
-    load_rows<COPY_TILE, TILE, CHANNELS, CHANNELS>(to.dt, dt, in.dt_row, s, 1, length, back, lane, valid);
+    load_tile(to.raw_dt, dt, in.dt_row, s);
 #endif
     load_rows<COPY_ROWS, TILE, D_STATE, D_STATE>(to.B, B, in.b_row, s, 1, length, back, lane);
     load_rows<COPY_ROWS, TILE, D_STATE, D_STATE>(to.C, C, in.c_row, s, 1, length, back, lane);
-    if (meet) {
-      if constexpr (HAS_Z)
-        load_rows<COPY_TILE, TILE, CHANNELS, CHANNELS>(to.z, z, in.z_row, s, 1, length, back, lane, valid);
-      if constexpr (DIRECTIONS == 2)
-        load_rows<COPY_TILE, TILE, CHANNELS, CHANNELS>(to.partner, out, channels, s, 1, length, back, lane, valid);
-    }
+    if constexpr (MEET && HAS_Z) load_tile(to.z, z, in.z_row, s);
+    if constexpr (MEET && DIRECTIONS == 2) load_tile(to.partner, out, channels, s);
     copies_commit();
-  };
+  }
 
-  // a lone direction has nobody to meet: all of it is the second phase
-  const int middle = DIRECTIONS == 1 ? 0 : back ? length - length / 2 : length / 2;
-  for (int phase = DIRECTIONS == 1; phase < 2; phase++) {
-    const int begin = phase ? middle : 0, end = phase ? length : middle;
-    if (DIRECTIONS == 2 && phase) __syncthreads();
-    if (begin < end) load(self.stage[0], begin, phase);
+  // Steps begin .. end - 1. Where the directions MEET the result is finished, else it is y so far.
+  template <bool MEET> DEVICE void run(int begin, int end) {
+    if (begin < end) load<MEET>(self.stage[0], begin);
     for (int s = begin, current = 0; s < end; s += TILE, current ^= 1) {
       if (s + TILE < end) {
-        load(self.stage[current ^ 1], s + TILE, phase);
+        load<MEET>(self.stage[current ^ 1], s + TILE);
         copies_wait<1>();
       } else {
         copies_wait<0>();
       }
       __syncwarp();
-      const Stage& stage = self.stage[current];
-      const float *tile_B, *tile_C;
+      Stage& stage = self.stage[current];
+      const float *tile_B = self.B, *tile_C = self.C;
       if constexpr (EXACT) {
         tile_B = (const float*)stage.B, tile_C = (const float*)stage.C;
       } else {
         widen_rows<TILE * D_STATE>(self.B, stage.B, lane);
         widen_rows<TILE * D_STATE>(self.C, stage.C, lane);
-        tile_B = self.B, tile_C = self.C;
       }
 #if RANK > 0
       self.projection.run(stage.low, self.dt, lane);
-#endif
       __syncwarp();
-#pragma unroll
-      for (int i = 0; i < TILE; i++) {
-        const bool inside = s + i < end;
-        const int k = i * CHANNELS + lane;
-        const float x = widen(stage.u[k]);
-#if RANK > 0
-        float d = self.dt[i * 33 + lane];
 #else
-        float d = step_size(widen(stage.dt[k]) + bias);
+#pragma unroll
+      for (int i = 0; i < TILE; i++)
+        self.dt[i * 33 + lane] = step_size(widen(stage.raw_dt[i * CHANNELS + lane]) + bias);
+      __syncwarp();
 #endif
-        d = inside ? d : 0.f;  // a step of size 0 leaves the state as it is
-        const float dx = d * x;
+      const int inside = end - s;  // a step of size 0 leaves the state as it is
+      for (int i = inside; i < TILE; i++) self.dt[i * 33 + lane] = 0.f;
+#pragma unroll(STEPS)
+      for (int i = 0; i < TILE; i++) {
+        const int k = i * CHANNELS + lane;
+        const float x = widen(stage.u[k]), d = self.dt[i * 33 + lane], dx = d * x;
         float sum[2] = {skip * x, 0.f};
 #pragma unroll
         for (int n4 = 0; n4 < D_STATE; n4 += 4) {
@@ -142,23 +145,46 @@ extern "C" __global__ void __launch_bounds__(32 * DIRECTIONS, BLOCKS_PER_SM)
           }
         }
         float y = sum[0] + sum[1];
-        const i64 at = (i64)token_of(s + i, length, back) * channels + lane;
-        if (phase) {
+        if constexpr (MEET) {
           if constexpr (DIRECTIONS == 2) y += widen(stage.partner[k]);
           float gate = in.scale;
           if constexpr (HAS_Z) {
             const float gate_in = widen(stage.z[k]);
             gate *= gate_in * sigmoid(gate_in);
           }
-          if (inside && active) {
-            if constexpr (SAVE_Y) narrow(y, y_out[at]);
-            narrow(y * gate, out[at]);
-          }
-        } else if (inside && active) {
-          narrow(y, out[at]);
+          if constexpr (SAVE_Y) narrow(y, stage.z[k]);
+          y *= gate;
         }
+        narrow(y, stage.partner[k]);
       }
+      __syncwarp();
+      store_rows<COPY_TILE, TILE, CHANNELS>(out, stage.partner, channels, s, 1, end, length, back, lane, valid);
+      if constexpr (MEET && SAVE_Y)
+        store_rows<COPY_TILE, TILE, CHANNELS>(y_out, stage.z, channels, s, 1, end, length, back, lane, valid);
       __syncwarp();
     }
   }
+
+  // The first half up to where the other direction starts, then the half that it has been through. A
+  // lone direction has nobody to meet.
+  DEVICE void run() {
+    if constexpr (DIRECTIONS == 1) {
+      run<true>(0, length);
+    } else {
+      const int middle = back ? length - length / 2 : length / 2;
+      run<false>(0, middle);
+      __syncthreads();
+      run<true>(middle, length);
+    }
+  }
+};
+
+extern "C" __global__ void __launch_bounds__(32 * DIRECTIONS, BLOCKS_PER_SM)
+    scan_forward(const __grid_constant__ Args args) {
+  __shared__ Warp warps[DIRECTIONS];
+  const int direction = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int channels = D_INNER ? D_INNER : args.in.channels;
+  const int groups = (channels + CHANNELS - 1) / CHANNELS;
+  const int image = blockIdx.x / groups, first = blockIdx.x % groups * CHANNELS;
+  Walk(args, warps[direction], direction, image, first, lane).run();
 }
