@@ -1,7 +1,6 @@
 """The paper's data sets as they lie on disk: 11 of "HTA" and the 19 tasks of VTAB-1k.
 
-`load_hta(name, root)` and `load_vtab(name, root)` return `Splits`: lists of image files or arrays
-with labels 0..C-1. Nothing is decoded here but CIFAR and SVHN, which are arrays on disk.
+`load_hta` and `load_vtab` return `Splits`: lists of files, or arrays, with labels 0..C-1.
 
 Splits. `released` are those the authors' code trains and tests on; `honest` keeps a validation
 split out of the training images so that nothing is chosen on the test split. Where the authors draw
@@ -29,6 +28,7 @@ import csv
 import logging
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +80,7 @@ SOURCES: dict[str, str] = {
     "vtab": "the link in https://github.com/dongzelian/SSF#data-preparation",
 }
 JSON_SOURCE = "the split files fgvc_split.zip linked in https://github.com/KMnP/vpt#datasets"
+_json = partial(read_json, source=JSON_SOURCE)
 # torchvision's class, and the splits that it downloads one by one
 DOWNLOADS: dict[str, tuple[str, tuple[str, ...]]] = {
     "cifar10": ("CIFAR10", ()),
@@ -180,11 +181,9 @@ def _download(name: str, root: Path) -> None:
 
 def _fgvc(folder: Path, honest: bool) -> Splits:
     """VPT's json files, {relative path: class id}: CUB-200, NABirds, Dogs, Cars, Flowers."""
-    tables = {
-        split: read_json(folder / f"{split}.json", JSON_SOURCE) for split in ("train", "test")
-    }
+    tables = {split: _json(folder / f"{split}.json") for split in ("train", "test")}
     if honest:
-        tables["val"] = read_json(folder / "val.json", JSON_SOURCE)
+        tables["val"] = _json(folder / "val.json")
         # 815 of the 8,144 training images of Cars are its validation images
         tables["train"] = {k: v for k, v in tables["train"].items() if k not in tables["val"]}
     # ids are "001".. or 295..1010: numbered by the training split, for NABirds' validation split
@@ -319,10 +318,7 @@ def _svhn(folder: Path, honest: bool) -> Splits:
 
 
 def _food(folder: Path, honest: bool) -> Splits:
-    tables = {
-        split: read_json(folder / "meta" / f"{split}.json", JSON_SOURCE)
-        for split in ("train", "test")
-    }
+    tables = {split: _json(folder / "meta" / f"{split}.json") for split in ("train", "test")}
     number = {c: i for i, c in enumerate(sorted(tables["train"]))}
     splits = {}
     for split, table in tables.items():
