@@ -174,35 +174,69 @@ def _scan_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
 
 
 def _scan_backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Any, ...]:
+    if grad is None:
+        return (None,) * 14
     *tensors, y = ctx.saved_tensors
     pieces = iter(tensors)
-    u, dt, B, C, z, A_log, D, dt_weight, dt_bias = (
-        tuple(next(pieces) for _ in range(size)) for size in ctx.sizes
-    )
-    reverse, softplus, scale, A_is_log, backend = ctx.settings
+    groups = [[next(pieces) for _ in range(size)] for size in ctx.sizes]
     wanted = [any(n) if isinstance(n, list | tuple) else bool(n) for n in ctx.needs_input_grad[:9]]
-    order = ("u", "dt", "B", "C", "z", "A", "D", "dt_weight", "dt_bias")
-    if grad is None:
-        found: list[Any] = [None] * 9
-    else:
-        found = list(
-            kernels(backend).scan_backward(
-                grad.contiguous(), u, dt, B, C, z[0] if z else None, y, A_log, D or None,
-                dt_weight or None, dt_bias or None,
-                reverse=tuple(reverse), softplus=softplus, scale=scale, A_is_log=A_is_log,
-                need=ScanNeeds(**dict(zip(order, wanted, strict=True))),
-            )
-        )  # fmt: skip
-    originals = (u, dt, B, C, z, A_log, D, dt_weight, dt_bias)
-    gradients: list[Any] = []
-    for index, (gradient, group) in enumerate(zip(found, originals, strict=True)):
-        if index == 4:
-            gradients.append(gradient.to(group[0].dtype) if wanted[4] and group else None)
-        elif gradient is None or not wanted[index]:
-            gradients.append([None] * len(group))
-        else:
-            gradients.append([g.to(t.dtype) for g, t in zip(gradient, group, strict=True)])
+    gate = groups[4][0] if groups[4] else None
+    found = iter(
+        _scan_backward_op(
+            grad, *groups[:4], gate, y, *groups[5:], *ctx.settings, wanted,
+        )
+    )  # fmt: skip
+    gradients: list[Any] = [
+        [next(found) if needed else None for _ in group]
+        for group, needed in zip(groups, wanted, strict=True)
+    ]
+    gradients[4] = gradients[4][0] if groups[4] else None
     return (*gradients, None, None, None, None, None)
+
+
+@torch.library.custom_op("svp_peft::scan_backward", mutates_args=())
+def _scan_backward_op(
+    grad: Tensor,
+    u: list[Tensor],
+    dt: list[Tensor],
+    B: list[Tensor],
+    C: list[Tensor],
+    z: Tensor | None,
+    y: Tensor,
+    A_log: list[Tensor],
+    D: list[Tensor],
+    dt_weight: list[Tensor],
+    dt_bias: list[Tensor],
+    reverse: list[bool],
+    softplus: bool,
+    scale: float,
+    A_is_log: bool,
+    backend: str,
+    needs: list[bool],
+) -> list[Tensor]:
+    """Gradients of the groups that `needs` names, one tensor after the other."""
+    found = kernels(backend).scan_backward(
+        grad.contiguous(), tuple(u), tuple(dt), tuple(B), tuple(C), z, y,
+        tuple(A_log), tuple(D) or None, tuple(dt_weight) or None, tuple(dt_bias) or None,
+        reverse=tuple(reverse), softplus=softplus, scale=scale, A_is_log=A_is_log,
+        need=ScanNeeds(*needs),
+    )  # fmt: skip
+    groups = (u, dt, B, C, [] if z is None else [z], A_log, D, dt_weight, dt_bias)
+    gradients: list[Tensor] = []
+    for gradient, group, needed in zip(found, groups, needs, strict=True):
+        if needed and group:
+            several = (gradient,) if isinstance(gradient, Tensor) else gradient
+            gradients += [_own(g.to(t.dtype)) for g, t in zip(several, group, strict=True)]
+    return gradients
+
+
+@_scan_backward_op.register_fake
+def _(grad: Tensor, *arguments: Any) -> list[Tensor]:
+    *groups, _, _, _, _, _, needs = arguments
+    groups[4] = [] if groups[4] is None else [groups[4]]
+    del groups[5]  # y
+    wanted = [t for group, needed in zip(groups, needs, strict=True) if needed for t in group]
+    return [t.new_empty(t.shape) for t in wanted]
 
 
 _scan.register_autograd(_scan_backward, setup_context=_scan_setup)
@@ -223,7 +257,6 @@ def _(x: Tensor, weight: list[Tensor], *_: Any) -> list[Tensor]:
 def _conv_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     x, weight, bias, ctx.reverse, ctx.backend = inputs
     ctx.save_for_backward(x, *weight, *bias)
-    ctx.has_bias = bool(bias)
 
 
 def _conv_backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
@@ -231,21 +264,57 @@ def _conv_backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     count = len(ctx.reverse)
     weight, bias = parameters[:count], parameters[count:]
     need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-    dx, d_weight, d_bias = kernels(ctx.backend).conv_silu_backward(
+    needs = [bool(need_x), any(need_weight), any(need_bias)]
+    found = iter(_conv_backward_op(grads, x, weight, bias, ctx.reverse, ctx.backend, needs))
+    dx, d_weight, d_bias = (
+        [next(found) if needed else None for _ in group]
+        for group, needed in zip(([x], weight, bias), needs, strict=True)
+    )
+    return dx[0], d_weight, d_bias, None, None
+
+
+@torch.library.custom_op("svp_peft::conv_silu_backward", mutates_args=())
+def _conv_backward_op(
+    grads: list[Tensor],
+    x: Tensor,
+    weight: list[Tensor],
+    bias: list[Tensor],
+    reverse: list[bool],
+    backend: str,
+    needs: list[bool],
+) -> list[Tensor]:
+    """Gradients of x, of the weights and of the biases, those that `needs` names."""
+    dx, d_weight, d_bias = kernels(backend).conv_silu_backward(
         tuple(g.contiguous() for g in grads), x, tuple(weight), tuple(bias) or None,
-        tuple(ctx.reverse),
-        need_x=need_x, need_weight=any(need_weight), need_bias=bool(bias) and any(need_bias),
+        tuple(reverse), need_x=needs[0], need_weight=needs[1], need_bias=needs[2],
     )  # fmt: skip
+    found = [*([] if dx is None else [dx]), *(d_weight or ()), *(d_bias or ())]
+    groups = zip(([x], weight, bias), needs, strict=True)
+    wanted = [t for group, needed in groups if needed for t in group]
+    return [_own(g.to(t.dtype)) for g, t in zip(found, wanted, strict=True)]
 
-    def like(found: Sequence[Tensor] | None, group: Sequence[Tensor]) -> list[Tensor | None]:
-        if found is None:
-            return [None] * len(group)
-        return [g.to(t.dtype) for g, t in zip(found, group, strict=True)]
 
-    return dx, like(d_weight, weight), like(d_bias, bias), None, None
+@_conv_backward_op.register_fake
+def _(
+    grads: list[Tensor],
+    x: Tensor,
+    weight: list[Tensor],
+    bias: list[Tensor],
+    reverse: list[bool],
+    backend: str,
+    needs: list[bool],
+) -> list[Tensor]:
+    groups = zip(([x], weight, bias), needs, strict=True)
+    return [t.new_empty(t.shape) for group, needed in groups if needed for t in group]
 
 
 _conv_silu.register_autograd(_conv_backward, setup_context=_conv_setup)
+
+
+def _own(x: Tensor) -> Tensor:
+    """x alone in its storage: the results of an op may not share one."""
+    alone = x.is_contiguous() and x.untyped_storage().nbytes() == x.numel() * x.element_size()
+    return x if alone else x.clone(memory_format=torch.contiguous_format)
 
 
 def _check(

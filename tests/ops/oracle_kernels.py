@@ -3,13 +3,27 @@
 It stands in for a compiled backend where a test is about what is composed of the kernels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import wraps
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from svp_peft.ops import reference
 from svp_peft.ops.types import ScanGrads, ScanNeeds
+
+
+def differentiating(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` in a thread of its own: inside an op, autograd is off for the op's thread."""
+
+    @wraps(function)
+    def elsewhere(*args: Any, **kwargs: Any) -> Any:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(function, *args, **kwargs).result()
+
+    return elsewhere
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -22,6 +36,7 @@ def conv_silu(x, weight, bias, reverse):
         return reference.conv_silu(x, taps, bias, reverse)
 
 
+@differentiating
 def conv_silu_backward(
     grads, x, weight, bias, reverse, *, dx_out=None, need_x, need_weight, need_bias
 ):
@@ -48,6 +63,7 @@ def scan(u, dt, B, C, z, A_log, D, dt_weight, dt_bias, *, save_y, **options):
     return out.contiguous(), y if save_y else None
 
 
+@differentiating
 def scan_backward(
     grad_out,
     u,
@@ -96,6 +112,7 @@ def add_norm(hidden, residual, weight, bias, *, eps, rms, residual_dtype):
         return y, total.clone()
 
 
+@differentiating
 def add_norm_backward(
     grad_y,
     grad_residual_out,
@@ -132,6 +149,7 @@ def prompt(x, cross, inner, alpha, beta, skip):
         return reference.prompt(x, cross, inner, alpha, beta, skip)
 
 
+@differentiating
 def prompt_backward(grad, cross, inner, alpha, beta, skip):
     with torch.enable_grad():
         leaf = [t.detach().requires_grad_() for t in (cross, inner, alpha, beta)]
