@@ -73,6 +73,11 @@ class FrozenMixer:
             self._copy()
         return True
 
+    def doubt(self) -> None:
+        """Convert again at the next call: a weight may have changed without its version."""
+        self._versions = ()
+
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _copy(self) -> None:
         """Fill the copies; in place if they exist, for the sake of captured graphs."""
@@ -219,7 +224,7 @@ class _Shape:
             extra=[(u[0].data_ptr(), self.channels), (u[0].data_ptr(), self.channels)],
         )  # fmt: skip
         assert inputs.rank == rank
-        self._scan_parameters = inputs.keep
+        self._scan_parameters = inputs.keep[5:]  # not the activations
         self._scan_tail = inputs.values[9:]
         self._scan = {
             save: _chunked(inputs, save) or _streaming(inputs, save) for save in (False, True)
