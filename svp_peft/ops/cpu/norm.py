@@ -16,7 +16,7 @@ def add_norm(
     rms: bool,
     residual_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """`svp_peft.ops.reference.add_norm`, without a derivative; any number of axes before d_model."""
+    """`svp_peft.ops.reference.add_norm`, for any axes before d_model; no derivative."""
     y, total = hidden.new_empty(hidden.shape), hidden.new_empty(hidden.shape)
     call = Call()
     call.numbers(*_tokens(hidden).shape, rms)

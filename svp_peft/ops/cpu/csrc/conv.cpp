@@ -16,7 +16,7 @@ namespace svp {
 namespace {
 
 constexpr int64_t TASK_TOKENS = 32;
-constexpr int64_t TASK_CHANNELS = 64;
+constexpr int64_t TASK_CHANNELS = 128;
 
 // One direction's parameters with the channels of a vector side by side, per block of LANES
 // channels: tap i as above [width], bias.
@@ -41,17 +41,18 @@ class Taps {
   Buffer data_;
 };
 
-// p[t]; WIDTH is the number of taps where the compiler shall unroll them, else 0
-template <int WIDTH>
-vec convolve(const ConvShape& shape, bool reverse, const Taps& taps, const Input& x, int64_t b,
-             int64_t t, int64_t c, int lanes) {
-  const int64_t width = WIDTH ? WIDTH : shape.width;
-  const vec* tap = taps.of(c);
-  vec total = taps.bias(c);
-  for (int64_t i = 0; i < width; ++i) {
-    const int64_t from = reverse ? t + i : t - i;
-    if (from < 0 || from >= shape.length) break;
-    total = total + tap[i] * load(x.at(b, from) + c, lanes);
+// How many taps have a token to read, seen from t.
+int64_t reach(const ConvShape& shape, bool reverse, int64_t t) {
+  return std::min<int64_t>(shape.width, reverse ? shape.length - t : t + 1);
+}
+
+// sum over the first `count` taps of value(i), unrolled where they are all WIDTH
+template <int WIDTH, class F>
+vec sum_taps(vec total, int64_t count, const F& value) {
+  if (WIDTH && count == WIDTH) {
+    for (int i = 0; i < WIDTH; ++i) total = total + value(i);
+  } else {
+    for (int64_t i = 0; i < count; ++i) total = total + value(i);
   }
   return total;
 }
@@ -61,19 +62,27 @@ void forward(const ConvForwardArguments& a) {
   const ConvShape& shape = a.shape;
   const Taps taps[2] = {{shape, a.direction[0]}, {shape, a.direction[shape.directions - 1]}};
   const int64_t chunks = ceil_div(shape.length, TASK_TOKENS);
+  auto convolve = [&](int k, int64_t b, int64_t t, int64_t first, int64_t end) {
+    const bool reverse = a.direction[k].reverse;
+    const int64_t count = reach(shape, reverse, t);
+    const int64_t step = reverse ? a.x.row_stride : -a.x.row_stride;
+    const float* x = a.x.at(b, t);
+    float* u = a.u[k].at(b, t);
+    for_channels(first, end, [&](int64_t c, auto lanes) {
+      const vec* tap = taps[k].of(c);
+      const vec p = sum_taps<WIDTH>(taps[k].bias(c), count, [&](int64_t i) {
+        return tap[i] * load(x + i * step + c, lanes);
+      });
+      store(u + c, silu(p), lanes);
+    });
+  };
   auto task = [&](int64_t i) {
     const int64_t b = i / chunks, begin = i % chunks * TASK_TOKENS;
     const int64_t end = std::min(begin + TASK_TOKENS, shape.length);
     for (int64_t first = 0; first < shape.d_inner; first += TASK_CHANNELS)
       for (int64_t t = begin; t < end; ++t)
-        for (int64_t c = first; c < std::min(first + TASK_CHANNELS, shape.d_inner); c += LANES) {
-          const int lanes = static_cast<int>(std::min<int64_t>(LANES, shape.d_inner - c));
-          for (int k = 0; k < shape.directions; ++k) {
-            const bool reverse = a.direction[k].reverse;
-            const vec p = convolve<WIDTH>(shape, reverse, taps[k], a.x, b, t, c, lanes);
-            store(a.u[k].at(b, t) + c, silu(p), lanes);
-          }
-        }
+        for (int k = 0; k < shape.directions; ++k)
+          convolve(k, b, t, first, std::min(first + TASK_CHANNELS, shape.d_inner));
   };
   run_tasks(shape.batch * chunks, task);
 }
@@ -82,14 +91,18 @@ void forward(const ConvForwardArguments& a) {
 // t - width + 1 to t + width - 1.
 class Ring {
  public:
-  explicit Ring(int64_t width) : size_(2 * width - 1), rows_(size_ * BLOCKS) { rows_.clear(); }
+  explicit Ring(int64_t width) : size_(1) {
+    while (size_ < 2 * width - 1) size_ *= 2;
+    rows_ = std::make_unique<Buffer>(size_ * BLOCKS);
+    rows_->clear();
+  }
 
-  vec* at(int64_t t) { return rows_.at(t % size_ * BLOCKS); }
+  vec* at(int64_t t) { return rows_->at((t & (size_ - 1)) * BLOCKS); }
 
  private:
   static constexpr int64_t BLOCKS = TASK_CHANNELS / LANES;
   int64_t size_;
-  Buffer rows_;
+  std::unique_ptr<Buffer> rows_;
 };
 
 template <int WIDTH>
@@ -116,8 +129,6 @@ class BackwardTask {
   }
 
  private:
-  int lanes(int64_t c) const { return static_cast<int>(std::min<int64_t>(LANES, end_ - c)); }
-
   // the gradient by p[t], zero beyond the last token, and what it adds to the parameters'
   void fill(int k, int64_t t) {
     vec* row = rings_[k].at(t);
@@ -126,37 +137,40 @@ class BackwardTask {
       return;
     }
     const bool reverse = a_.direction[k].reverse;
-    for (int64_t c = first_; c < end_; c += LANES) {
+    const int64_t count = reach(shape_, reverse, t);
+    const int64_t step = reverse ? a_.x.row_stride : -a_.x.row_stride;
+    const float *x = a_.x.at(b_, t), *grad = a_.grad[k].at(b_, t);
+    for_channels(first_, end_, [&](int64_t c, auto lanes) {
       const int64_t block = (c - first_) / LANES;
-      const vec p = convolve<WIDTH>(shape_, reverse, taps_[k], a_.x, b_, t, c, lanes(c));
-      const vec gradient = load(a_.grad[k].at(b_, t) + c, lanes(c)) * silu_slope(p, sigmoid(p));
+      const vec* tap = taps_[k].of(c);
+      auto read = [&](int64_t i) { return load(x + i * step + c, lanes); };
+      const vec p = sum_taps<WIDTH>(taps_[k].bias(c), count,
+                                    [&](int64_t i) { return tap[i] * read(i); });
+      const vec gradient = load(grad + c, lanes) * silu_slope(p, sigmoid(p));
       row[block] = gradient;
-      if (!shares_[k]) continue;
+      if (!shares_[k]) return;
       vec* sums = sums_.at((k * blocks_ + block) * (width_ + 1));
-      for (int64_t i = 0; i < width_; ++i) {
-        const int64_t from = reverse ? t + i : t - i;
-        if (from < 0 || from >= shape_.length) break;
-        sums[i] = sums[i] + gradient * load(a_.x.at(b_, from) + c, lanes(c));
-      }
+      for (int64_t i = 0; i < count; ++i) sums[i] = sums[i] + gradient * read(i);
       sums[width_] = sums[width_] + gradient;
-    }
+    });
   }
 
   // dx[t]: what tap i of token s read as x[t], for every s whose gradient is in the ring
   void write(int64_t t) {
-    for (int64_t c = first_; c < end_; c += LANES) {
+    float* dx = a_.dx.at(b_, t);
+    for_channels(first_, end_, [&](int64_t c, auto lanes) {
       const int64_t block = (c - first_) / LANES;
       vec total = {};
       for (int k = 0; k < shape_.directions; ++k) {
+        const bool reverse = a_.direction[k].reverse;
+        const int64_t count = reverse ? std::min(width_, t + 1) : width_;
         const vec* tap = taps_[k].of(c);
-        for (int64_t i = 0; i < width_; ++i) {
-          const int64_t reader = a_.direction[k].reverse ? t - i : t + i;
-          if (reader < 0) break;
-          total = total + tap[i] * rings_[k].at(reader)[block];
-        }
+        total = sum_taps<WIDTH>(total, count, [&](int64_t i) {
+          return tap[i] * rings_[k].at(reverse ? t - i : t + i)[block];
+        });
       }
-      store(a_.dx.at(b_, t) + c, total, lanes(c));
-    }
+      store(dx + c, total, lanes);
+    });
   }
 
   const ConvBackwardArguments& a_;

@@ -2,6 +2,7 @@
 // takes eight bytes. Names and shapes are those of svp_peft/ops/reference/scan.py.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "rows.h"
@@ -21,6 +22,10 @@ struct Direction {
   int64_t reverse;
 
   int64_t token(int64_t step, int64_t length) const { return reverse ? length - 1 - step : step; }
+  // the token whose turn comes a tile later; rows lie too far apart for the processor to guess it
+  int64_t token_ahead(int64_t step, int64_t length) const {
+    return token(std::max<int64_t>(0, std::min(step, length - 1)), length);
+  }
 };
 
 // one direction's gradients; a null one is not wanted, except `delta`

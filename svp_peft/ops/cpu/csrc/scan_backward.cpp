@@ -115,9 +115,11 @@ class Task {
   int steps(int64_t tile) const {
     return static_cast<int>(std::min<int64_t>(TILE, shape_.length - tile * TILE));
   }
-  int lanes(int64_t c) const { return static_cast<int>(std::min<int64_t>(LANES, end_ - c)); }
   int64_t token(int64_t tile, int s) const {
     return direction_.token(tile * TILE + s, shape_.length);
+  }
+  int64_t ahead(int64_t tile, int s) const {
+    return direction_.token_ahead(tile * TILE + s, shape_.length);
   }
   int64_t block(int64_t c) const { return (c - first_) / LANES; }
 
@@ -126,23 +128,24 @@ class Task {
     const int n = steps(tile);
     float* B = space_.B();
     state_rows_tile(shape_, direction_, direction_.B, b_, tile * TILE, n, states_, B);
-    for (int64_t c = first_; c < end_; c += LANES) {
+    for_channels(first_, end_, [&](int64_t c, auto lanes) {
       vec delta[TILE], input[TILE];
-      time_step_tile(shape_, direction_, parameters_, b_, tile * TILE, n, c, lanes(c), delta);
+      time_step_tile(shape_, direction_, parameters_, b_, tile * TILE, n, c, lanes, delta);
       for (int s = 0; s < n; ++s) {
         const int64_t t = token(tile, s);
-        store(wanted_.delta.at(b_, t) + c, delta[s], lanes(c));
+        __builtin_prefetch(direction_.u.at(b_, ahead(tile + 1, s)) + c);
+        store(wanted_.delta.at(b_, t) + c, delta[s], lanes);
         if (shape_.softplus) delta[s] = softplus(delta[s]);
-        input[s] = delta[s] * load(direction_.u.at(b_, t) + c, lanes(c));
+        input[s] = delta[s] * load(direction_.u.at(b_, t) + c, lanes);
       }
       vec* start = space_.starts.at((tile * blocks_ + block(c)) * states_);
       if (tile == 0) std::fill(start, start + states_, vec{});
-      if (tile * TILE + n == shape_.length) continue;
+      if (tile * TILE + n == shape_.length) return;
       vec* next = start + blocks_ * states_;
       std::copy(start, start + states_, next);
       for (int64_t i = 0; i < states_; i += STATES)
         advance(n, states_, delta, input, B + i, parameters_.decay(c / LANES) + i, next + i);
-    }
+    });
   }
 
   // sweep 2
@@ -154,9 +157,9 @@ class Task {
     state_rows_tile(shape_, direction_, direction_.C, b_, tile * TILE, n, states_, C);
     space_.dB.clear();
     space_.dC.clear();
-    for (int64_t c = first_; c < end_; c += LANES) {
+    for_channels(first_, end_, [&](int64_t c, auto lanes) {
       Tile values;
-      read(tile, c, values);
+      read(tile, c, lanes, values);
       const vec* decay = parameters_.decay(c / LANES);
       const vec* start = space_.starts.at((tile * blocks_ + block(c)) * states_);
       vec* adjoint = space_.adjoint.at(block(c) * states_);
@@ -166,8 +169,8 @@ class Task {
         step(n, states_, values, B + i, C + i, decay + i, start + i, adjoint + i,
              space_.dB.at(i), space_.dC.at(i), dA + i);
       }
-      write(tile, c, values);
-    }
+      write(tile, c, lanes, values);
+    });
     for (int s = 0; s < n; ++s) {
       const int64_t row = token(tile, s) * shape_.d_state;
       for (int64_t i = 0; i < shape_.d_state; ++i) {
@@ -177,21 +180,25 @@ class Task {
     }
   }
 
-  void read(int64_t tile, int64_t c, Tile& values) {
+  template <class Lanes>
+  void read(int64_t tile, int64_t c, Lanes lanes, Tile& values) {
     for (int s = 0; s < steps(tile); ++s) {
-      const int64_t t = token(tile, s);
-      const vec raw = load(wanted_.delta.at(b_, t) + c, lanes(c));
+      const int64_t t = token(tile, s), next = ahead(tile - 1, s);
+      for (const Input* rows : {&direction_.u, &a_.grad, &a_.z})
+        if (*rows) __builtin_prefetch(rows->at(b_, next) + c);
+      __builtin_prefetch(wanted_.delta.at(b_, next) + c);
+      const vec raw = load(wanted_.delta.at(b_, t) + c, lanes);
       values.delta[s] = shape_.softplus ? softplus(raw) : raw;
       values.slope[s] = shape_.softplus ? sigmoid(raw) : splat(1.0f);
-      values.u[s] = load(direction_.u.at(b_, t) + c, lanes(c));
+      values.u[s] = load(direction_.u.at(b_, t) + c, lanes);
       values.input[s] = values.delta[s] * values.u[s];
-      vec gy = load(a_.grad.at(b_, t) + c, lanes(c)) * scale_;
+      vec gy = load(a_.grad.at(b_, t) + c, lanes) * scale_;
       if (a_.z) {
-        const vec z = load(a_.z.at(b_, t) + c, lanes(c));
+        const vec z = load(a_.z.at(b_, t) + c, lanes);
         const vec open = sigmoid(z);
         if (gates_ && a_.z_gradient) {
-          const vec y = load(a_.y.at(b_, t) + c, lanes(c));
-          store(a_.z_gradient.at(b_, t) + c, gy * y * silu_slope(z, open), lanes(c));
+          const vec y = load(a_.y.at(b_, t) + c, lanes);
+          store(a_.z_gradient.at(b_, t) + c, gy * y * silu_slope(z, open), lanes);
         }
         gy = gy * z * open;
       }
@@ -200,7 +207,8 @@ class Task {
     }
   }
 
-  void write(int64_t tile, int64_t c, const Tile& values) {
+  template <class Lanes>
+  void write(int64_t tile, int64_t c, Lanes lanes, const Tile& values) {
     const vec skip = parameters_.skip(c / LANES);
     vec& dD = space_.dD[block(c)];
     vec& dt_bias = space_.dt_bias[block(c)];
@@ -209,10 +217,10 @@ class Task {
       const vec through_B = values.input_gradient[s];
       const vec delta = (values.u[s] * through_B + LN_2 * values.delta_gradient[s]) *
                         values.slope[s];
-      store(wanted_.delta.at(b_, t) + c, delta, lanes(c));
+      store(wanted_.delta.at(b_, t) + c, delta, lanes);
       if (wanted_.u)
         store(wanted_.u.at(b_, t) + c, skip * values.gy[s] + values.delta[s] * through_B,
-              lanes(c));
+              lanes);
       dD = dD + values.gy[s] * values.u[s];
       dt_bias = dt_bias + delta;
     }

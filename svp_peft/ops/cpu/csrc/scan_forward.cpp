@@ -44,16 +44,20 @@ void scan_channels(const ForwardArguments& a, int k, const Parameters& parameter
     const int steps = static_cast<int>(std::min<int64_t>(TILE, shape.length - step));
     state_rows_tile(shape, direction, direction.B, b, step, steps, states, B);
     state_rows_tile(shape, direction, direction.C, b, step, steps, states, C);
-    for (int64_t c = first; c < end; c += LANES) {
-      const int lanes = static_cast<int>(std::min<int64_t>(LANES, end - c));
+    for_channels(first, end, [&](int64_t c, auto lanes) {
       vec delta[TILE], input[TILE], y[TILE];
       time_step_tile(shape, direction, parameters, b, step, steps, c, lanes, delta);
+      const vec skip = parameters.skip(c / LANES);
       for (int s = 0; s < steps; ++s) {
         const int64_t t = direction.token(step + s, shape.length);
         const vec u = load(direction.u.at(b, t) + c, lanes);
+        const int64_t ahead = direction.token_ahead(step + s + TILE, shape.length);
+        __builtin_prefetch(direction.u.at(b, ahead) + c);
+        if (k > 0) __builtin_prefetch(sums.at(b, ahead) + c);
+        if (a.z && last) __builtin_prefetch(a.z.at(b, ahead) + c);
         if (shape.softplus) delta[s] = softplus(delta[s]);
         input[s] = delta[s] * u;
-        y[s] = parameters.skip(c / LANES) * u;
+        y[s] = skip * u;
         if (k > 0) y[s] = y[s] + load(sums.at(b, t) + c, lanes);
       }
       vec* h = state.at((c - first) / LANES * states);
@@ -68,7 +72,7 @@ void scan_channels(const ForwardArguments& a, int k, const Parameters& parameter
         if (a.z) gated = gated * silu(load(a.z.at(b, t) + c, lanes));
         store(a.out.at(b, t) + c, gated, lanes);
       }
-    }
+    });
   }
 }
 

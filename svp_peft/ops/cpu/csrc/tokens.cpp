@@ -27,13 +27,6 @@ void for_tokens(const TokenShape& shape, int64_t task, const F& body) {
   for (int64_t i = task * TASK_TOKENS; i < end; ++i) body(i / shape.length, i % shape.length);
 }
 
-// body(c, lanes) for every block of channels
-template <class F>
-void for_channels(int64_t count, const F& body) {
-  for (int64_t c = 0; c < count; c += LANES)
-    body(c, static_cast<int>(std::min<int64_t>(LANES, count - c)));
-}
-
 int64_t tasks_of(const TokenShape& shape) {
   return ceil_div(shape.batch * shape.length, TASK_TOKENS);
 }
@@ -46,7 +39,8 @@ class ChannelSums {
         shares_(first || second ? tasks_of(shape) * 2 * shape.d_model : 0) {}
 
   bool wanted() const { return to_[0] || to_[1]; }
-  void add(int64_t task, int which, int64_t c, vec value, int lanes) {
+  template <class Lanes>
+  void add(int64_t task, int which, int64_t c, vec value, Lanes lanes) {
     float* share = shares_.data() + (task * 2 + which) * shape_.d_model + c;
     store(share, load(share, lanes) + value, lanes);
   }
@@ -73,10 +67,10 @@ struct Moments {
 
 Moments moments(const float* row, int64_t count, bool rms, float eps) {
   vec total = {};
-  if (!rms) for_channels(count, [&](int64_t c, int n) { total = total + load(row + c, n); });
+  if (!rms) for_channels(0, count, [&](int64_t c, auto n) { total = total + load(row + c, n); });
   const float mean = sum(total) / static_cast<float>(count);
   vec squares = {};
-  for_channels(count, [&](int64_t c, int n) {
+  for_channels(0, count, [&](int64_t c, auto n) {
     const vec centred = load(row + c, n) - mean;
     // the lanes beyond the last channel are no data: there, -mean is not a deviation
     if (n == LANES) {
@@ -94,13 +88,13 @@ void norm_forward(const NormForwardArguments& a, float eps) {
     for_tokens(a.shape, index, [&](int64_t b, int64_t t) {
       const float* hidden = a.hidden.at(b, t);
       float* total = a.total.at(b, t);
-      for_channels(a.shape.d_model, [&](int64_t c, int n) {
+      for_channels(0, a.shape.d_model, [&](int64_t c, auto n) {
         vec r = load(hidden + c, n);
         if (a.residual) r = r + load(a.residual.at(b, t) + c, n);
         store(total + c, r, n);
       });
       const Moments m = moments(total, a.shape.d_model, a.rms, eps);
-      for_channels(a.shape.d_model, [&](int64_t c, int n) {
+      for_channels(0, a.shape.d_model, [&](int64_t c, auto n) {
         vec y = (load(total + c, n) - m.mean) * m.inverse * load(a.weight + c, n);
         if (a.bias) y = y + load(a.bias + c, n);
         store(a.y.at(b, t) + c, y, n);
@@ -119,9 +113,9 @@ void norm_backward(const NormBackwardArguments& a, float eps) {
     for_tokens(a.shape, index, [&](int64_t b, int64_t t) {
       const float *total = a.total.at(b, t), *grad = a.grad.at(b, t);
       const Moments m = moments(total, a.shape.d_model, a.rms, eps);
-      auto normalised = [&](int64_t c, int n) { return (load(total + c, n) - m.mean) * m.inverse; };
+      auto normalised = [&](int64_t c, auto n) { return (load(total + c, n) - m.mean) * m.inverse; };
       vec g_sum = {}, gx_sum = {};
-      for_channels(a.shape.d_model, [&](int64_t c, int n) {
+      for_channels(0, a.shape.d_model, [&](int64_t c, auto n) {
         const vec x = normalised(c, n), dy = load(grad + c, n);
         const vec g = dy * load(a.weight + c, n);
         g_sum = g_sum + g;
@@ -130,7 +124,7 @@ void norm_backward(const NormBackwardArguments& a, float eps) {
         if (a.dbias) sums.add(index, 1, c, dy, n);
       });
       const float g_mean = a.rms ? 0.0f : sum(g_sum) / count, gx_mean = sum(gx_sum) / count;
-      for_channels(a.shape.d_model, [&](int64_t c, int n) {
+      for_channels(0, a.shape.d_model, [&](int64_t c, auto n) {
         const vec g = load(grad + c, n) * load(a.weight + c, n);
         vec dr = (g - normalised(c, n) * gx_mean - g_mean) * m.inverse;
         if (a.grad_total) dr = dr + load(a.grad_total.at(b, t) + c, n);
@@ -146,7 +140,7 @@ void prompt_forward(const PromptForwardArguments& a) {
   auto task = [&](int64_t index) {
     for_tokens(a.shape, index, [&](int64_t b, int64_t t) {
       const bool skip = std::find(a.skip, a.skip + a.skips, t) != a.skip + a.skips;
-      for_channels(a.shape.d_model, [&](int64_t c, int n) {
+      for_channels(0, a.shape.d_model, [&](int64_t c, auto n) {
         vec out = load(a.x.at(b, t) + c, n);
         if (a.cross && !skip)
           out = out + load(a.alpha + c, n) * silu(load(a.cross.at(b, t) + c, n));
@@ -166,7 +160,7 @@ void prompt_backward(const PromptBackwardArguments& a) {
   auto task = [&](int64_t index) {
     for_tokens(a.shape, index, [&](int64_t b, int64_t t) {
       const bool skip = std::find(a.skip, a.skip + a.skips, t) != a.skip + a.skips;
-      for_channels(a.shape.d_model, [&](int64_t c, int n) {
+      for_channels(0, a.shape.d_model, [&](int64_t c, auto n) {
         const vec grad = skip ? vec{} : load(a.grad.at(b, t) + c, n);
         for (int which = 0; which < 2; ++which) {
           if (!from[which]) continue;

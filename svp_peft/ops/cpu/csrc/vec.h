@@ -9,6 +9,7 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <type_traits>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -48,6 +49,15 @@ inline void store(float* p, vec v, int lanes) {
   } else {
     std::memcpy(p, &v, sizeof(float) * lanes);
   }
+}
+
+// body(c, lanes) for every block of channels from `first` to `end`. `lanes` is a constant for whole
+// blocks, so that the compiler leaves out every test for the incomplete one.
+template <class F>
+void for_channels(int64_t first, int64_t end, const F& body) {
+  int64_t c = first;
+  for (; c + LANES <= end; c += LANES) body(c, std::integral_constant<int, LANES>());
+  if (c < end) body(c, static_cast<int>(end - c));
 }
 
 inline vec splat(float s) { return s - vec{}; }
