@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from svp_peft.config import SVPConfig
 from svp_peft.errors import ConfigError, InputError
-from svp_peft.ops import svp_prompt, svp_prompt_released
+from svp_peft.ops import Cache, svp_prompt, svp_prompt_released
 
 _SIMAM_LAMBDA = 1e-3
 
@@ -164,6 +164,8 @@ class SVPAdapter(nn.Module):
             blocks[place.stage] = [place.beta_row + 1, width]
         self.alpha = _zero_scales(list(groups.values())) if config.use_cross else None
         self.beta = _zero_scales(list(blocks.values())) if config.use_inner else None
+        self._caches = tuple(Cache() for _ in widths)
+        self._alpha_rows, self._beta_rows = _Rows(), _Rows()
 
     def forward(self, x: Tensor, block_index: int, skip: Sequence[int] = ()) -> Tensor:
         """Tokens entering block `block_index`, float (batch, L, d_model) -> prompted tokens.
@@ -205,7 +207,14 @@ class SVPAdapter(nn.Module):
                 dropout=self.dropout,
                 training=self.training,
             )
-        return svp_prompt(x, *weights, skip=skip, dropout=self.dropout, training=self.training)
+        return svp_prompt(
+            x,
+            *weights,
+            skip=skip,
+            dropout=self.dropout,
+            training=self.training,
+            cache=self._caches[block_index],
+        )
 
     def parts(
         self, block_index: int
@@ -214,8 +223,8 @@ class SVPAdapter(nn.Module):
         place = self._places[block_index]
         cross = self.cross[place.group] if self.alpha is not None else None
         inner = self.inner[block_index] if self.beta is not None else None
-        alpha = _row(self.alpha, place.stage, place.alpha_row)
-        beta = _row(self.beta, place.stage, place.beta_row)
+        alpha = _row(self.alpha, place.stage, place.alpha_row, self._alpha_rows)
+        beta = _row(self.beta, place.stage, place.beta_row, self._beta_rows)
         return cross, inner, alpha, beta  # type: ignore[return-value]
 
 
@@ -284,7 +293,43 @@ def _zero_scales(shapes: Sequence[Sequence[int]]) -> nn.Parameter | nn.Parameter
     return scales[0] if len(scales) == 1 else nn.ParameterList(scales)
 
 
-def _row(scales: nn.Parameter | nn.ParameterList | None, stage: int, row: int) -> Tensor | None:
+def _row(
+    scales: nn.Parameter | nn.ParameterList | None, stage: int, row: int, rows: _Rows
+) -> Tensor | None:
     if scales is None:
         return None
-    return scales[stage][row] if isinstance(scales, nn.ParameterList) else scales[row]
+    if isinstance(scales, nn.ParameterList):
+        return scales[stage][row]
+    if torch.compiler.is_compiling():
+        return scales[row]
+    return rows.of(scales)[row]
+
+
+class _Rows(Cache):
+    """The rows of stacked scales, taken apart once per step: one node of the graph for all blocks.
+
+    Taken one by one, the backward pass would fill a tensor with zeros for every row and add it up.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._scales: Tensor | None = None
+        self._state: tuple[object, ...] = ()
+
+    def of(self, scales: Tensor) -> tuple[Tensor, ...]:
+        if scales.is_inference() or (
+            # a graph under capture must not lean on a node of another stream
+            scales.is_cuda and torch.cuda.is_current_stream_capturing()
+        ):
+            return scales.unbind(0)
+        state = (
+            scales._version,
+            scales.data_ptr(),
+            scales.requires_grad,
+            torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(),
+        )
+        if self._scales is not scales or self._state != state:
+            self.prepared = scales.unbind(0)
+            self._scales, self._state = scales, state
+        return self.prepared  # type: ignore[no-any-return]

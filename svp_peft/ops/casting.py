@@ -38,7 +38,9 @@ def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
             copy.copy_(weight.detach())
             _copies[weight] = (state, copy)
             return copy
-    copy = weight.detach().to(dtype)
+    # a copy made in inference mode could not be renewed outside of it
+    with torch.inference_mode(False):
+        copy = weight.detach().to(dtype)
     # a tensor made while a CUDA graph is captured holds nothing until the graph is replayed
     if not (weight.is_cuda and torch.cuda.is_current_stream_capturing()):
         _copies[weight] = (state, copy)

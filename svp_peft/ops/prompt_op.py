@@ -10,7 +10,7 @@ from torch import Tensor
 from svp_peft.ops import reference
 from svp_peft.ops.backends import choose, kernels
 from svp_peft.ops.casting import cast, compute_dtype
-from svp_peft.ops.prompt_joint import JointPrompt
+from svp_peft.ops.types import Cache
 
 # up to this many elements of x the pre-activations are kept for the backward pass; beyond it they
 # are computed again, which costs three small products and saves two tensors of x's size per block
@@ -31,6 +31,7 @@ def svp_prompt(
     skip: Sequence[int] = (),
     dropout: float = 0.0,
     training: bool = False,
+    cache: Cache | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Add the cross and the inner prompt to every token except those in `skip`.
@@ -45,6 +46,7 @@ def svp_prompt(
         alpha, beta: learned scales of the cross and the inner prompt, (d_model,).
         skip: positions of the class tokens, sorted, each in 0..L-1.
         dropout: probability of dropping an element of either prompt where `training`.
+        cache: kept by a module for its weights, so that a backend may prepare them.
         backend: see `svp_peft.set_backend`; None takes the process default.
 
     Returns:
@@ -64,11 +66,10 @@ def svp_prompt(
     dropping = training and dropout > 0
     fused = hasattr(kernels(name), "prompt_backward") and not torch.compiler.is_compiling()
     if fused and not dropping and cross_weight is not None and down_weight is not None:
-        settings = (tuple(skip), product, name)
-        if hasattr(kernels(name), "prompt_backward_into"):
+        if name == "cuda" and x.numel() and all(_is_plain(t) for t in tensors):
             keep = x.numel() <= _KEEP_PRE_ACTIVATIONS
-            return JointPrompt.apply(x, *tensors, *settings, keep)
-        return _Prompt.apply(x, *tensors, *settings)
+            return kernels(name).joint_prompt(x, tensors, tuple(skip), product, keep, cache)  # type: ignore[no-any-return]
+        return _Prompt.apply(x, *tensors, tuple(skip), product, name)  # type: ignore[no-any-return]
     drop = _dropout(dropout) if dropping else None
     tokens = x if torch.is_autocast_enabled(x.device.type) else x.to(_parameter_dtype(x, tensors))
     cross = None if cross_weight is None else F.linear(tokens, cross_weight, cross_bias)
@@ -76,6 +77,11 @@ def svp_prompt(
     if down_weight is not None and up_weight is not None:
         inner = F.linear(F.linear(tokens, down_weight, down_bias), up_weight, up_bias)
     return reference.prompt(x, cross, inner, alpha, beta, skip, drop=drop)
+
+
+def _is_plain(weight: Tensor | None) -> bool:
+    """Whether a kernel can read this trained tensor as it is."""
+    return weight is not None and weight.dtype == torch.float32 and weight.is_contiguous()
 
 
 def svp_prompt_released(

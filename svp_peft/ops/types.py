@@ -53,29 +53,36 @@ class MixerWeights(NamedTuple):
         return tuple(min(k, len(self.conv_weight) - 1) for k in range(len(self.A_log)))
 
 
-class MixerCache:
-    """What a module keeps between its calls of `svp_peft.ops.mixer`, to be fast on a slow host.
+class Cache:
+    """What a module keeps between its calls of an op, so that the op is fast on a slow host.
 
     A copy or a pickle of it is empty: the copied module has weights of its own.
     """
 
     def __init__(self) -> None:
+        self.prepared: Any = None
+        """Whatever a backend made of the module's weights."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Cache":
+        return type(self)()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()
+
+
+class MixerCache(Cache):
+    """The frozen weights of a mixer and what was made of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
         self.parameters: tuple[Tensor | None, ...] = ()
         """The module's parameters when `weights` was made of them."""
         self.weights: MixerWeights | None = None
         """The frozen weights."""
-        self.prepared: Any = None
-        """Whatever a backend made of `weights`."""
 
     def fill(self, parameters: tuple[Tensor | None, ...], weights: MixerWeights) -> None:
         """Remember the weights made of these parameters, and forget what was made before."""
         self.parameters, self.weights, self.prepared = parameters, weights, None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "MixerCache":
-        return MixerCache()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return MixerCache, ()
 
 
 class ScanNeeds(NamedTuple):

@@ -245,7 +245,9 @@ class VimMixer(nn.Module):
         )
         cache = self._cache
         frozen = not any(p is not None and p.requires_grad for p in parameters)
-        if frozen and cache.weights is not None and len(cache.parameters) == len(parameters):
+        # a compiler cannot ask for addresses, and converts constants itself
+        reusable = frozen and not torch.compiler.is_compiling()
+        if reusable and cache.weights is not None and len(cache.parameters) == len(parameters):
             same = all(map(operator.is_, cache.parameters, parameters))
             # the taps are a view, which an assignment to `.data` leaves behind
             if same and cache.weights.conv_weight[0].data_ptr() == self.conv1d.weight.data_ptr():
@@ -263,10 +265,17 @@ class VimMixer(nn.Module):
             out_proj_weight=self.out_proj.weight,
             out_proj_bias=self.out_proj.bias,
         )
-        if not frozen or torch.compiler.is_compiling():
+        if not reusable:
             return weights, None
         cache.fill(parameters, weights)
         return weights, cache
+
+    def train(self, mode: bool = True) -> VimMixer:
+        # older code writes to weights through `.data`, which no version tells; between that and
+        # the next use there is nearly always an eval() or a train()
+        if self._cache.prepared is not None:
+            self._cache.prepared.doubt()
+        return super().train(mode)  # type: ignore[return-value]
 
     def _apply(self, fn: Any, recurse: bool = True) -> VimMixer:
         # to(), half() and their like give the parameters other data

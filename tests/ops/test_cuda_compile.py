@@ -11,18 +11,20 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from svp_peft.ops import cuda
+from svp_peft.ops import cuda, mixer_passes
 from svp_peft.ops.cuda import kernels
 from svp_peft.ops.cuda.nvrtc import Nvrtc, find_nvrtc
-from svp_peft.ops.types import ScanNeeds
+from svp_peft.ops.types import MixerWeights, ScanNeeds
 from tests.ops.cuda_cases import EVERY_GRADIENT, scan_case
 
 ARCHITECTURES = ("sm_80", "sm_90")
 # by import_module: the package's attributes of these names are the functions
 _MODULES = [
     importlib.import_module(f"svp_peft.ops.cuda.{name}")
-    for name in ("conv", "norm", "prompt", "scan", "scan_backward")
-]
+    for name in (
+        "conv", "norm", "prompt", "scan", "scan_backward", "joint_prompt", "frozen_mixer"
+    )
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -37,17 +39,22 @@ class _Recorder:
     """Stands for `Kernel`: notes what it is asked to build and how it is called."""
 
     asked: ClassVar[list[tuple[Any, ...]]] = []
+    launches: ClassVar[list[tuple[Any, ...]]] = []
 
     def __init__(
         self, source: str, entry: str, macros: Any, layout: str, device: int, **launch: int
     ) -> None:
         self.device = device
         self._format = kernels.struct.Struct(layout)
+        self._what = (source, entry, tuple(sorted(macros.items())))
         self.asked.append((source, entry, tuple(sorted(macros.items())), layout, launch))
 
     def __call__(self, grid: tuple[int, int, int], *values: float) -> None:
         self._format.pack(*values)
         assert all(side > 0 for side in grid)
+        # addresses differ from call to call; sizes, distances of rows and factors do not
+        sizes = tuple(v for v in values if abs(v) < 1 << 24)
+        self.launches.append((self._what, grid, sizes))
 
 
 @pytest.fixture
@@ -56,8 +63,8 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, ...]]]
         value for m in _MODULES for value in vars(m).values() if hasattr(value, "cache_clear")
     ]
     for module in _MODULES:
-        monkeypatch.setattr(module, "Kernel", _Recorder)
         for name, value in (
+            ("Kernel", _Recorder),
             ("device_index", lambda _: 0),
             ("multiprocessors", lambda _: 132),
             ("shared_memory_limit", lambda _: 227 * 1024),
@@ -67,6 +74,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, ...]]]
     for cached in caches:
         cached.cache_clear()
     monkeypatch.setattr(_Recorder, "asked", [])
+    monkeypatch.setattr(_Recorder, "launches", [])
     yield _Recorder.asked
     for cached in caches:
         cached.cache_clear()
@@ -162,10 +170,60 @@ def test_the_norms_and_prompts_compile(nvrtc: Nvrtc, recorded: list[tuple[Any, .
     _compile_all(nvrtc, recorded)
 
 
+def test_the_joint_prompts_compile(
+    nvrtc: Nvrtc, recorded: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_MODULES[5], "_WIDE_PRODUCTS", False)  # those are for CUDA tensors
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    weights = (64, 64), (64,), (16, 64), (16,), (64, 16), (64,), (64,), (64,)
+    tensors = [torch.randn(shape, requires_grad=True) for shape in weights]
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(2, 7, 64, dtype=dtype, requires_grad=True)
+        for keep in (False, True):
+            cuda.joint_prompt(x, tensors, (3,), torch.bfloat16, keep, None).sum().backward()
+    assert "pack" in {source for source, *_ in recorded}
+    _compile_all(nvrtc, recorded)
+
+
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_frozen_mixer_launches_what_the_general_way_launches(
+    keep: int,
+    directions: int,
+    recorded: list[tuple[Any, ...]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    width, inner, rank, state = 32, 64, 8, 16
+
+    def several(*shape: int) -> tuple[torch.Tensor, ...]:
+        return tuple(torch.randn(shape) for _ in range(directions))
+
+    weights = MixerWeights(
+        torch.randn(2 * inner, width), None, several(inner, 4), several(inner),
+        several(rank + 2 * state, inner), several(inner, rank), several(inner),
+        several(inner, state), several(inner), torch.randn(width, inner), None,
+    )  # fmt: skip
+    x = torch.randn(2, 37, width, dtype=torch.bfloat16)
+    settings = (0.5, torch.bfloat16, "cuda", keep)
+    tensors = mixer_passes.pack(weights)
+    out, *saved = mixer_passes.forward_pass(x, *tensors, *settings)
+    needs = [True] + [False] * len(tensors)
+    mixer_passes.backward_pass(out, x, needs, saved, *tensors, *settings)
+    general = list(_Recorder.launches)
+    _Recorder.launches.clear()
+    mixer = cuda.frozen_mixer(weights, torch.bfloat16, 0.5)
+    assert mixer is not None
+    out, *kept = mixer.forward(x, keep)
+    mixer.backward(out, x, tuple(kept))
+    assert _Recorder.launches == general
+    assert len(general) == (5 if keep == 2 else 6)
+
+
 def test_every_source_is_compiled_by_these_tests() -> None:
     covered = {
         "scan_forward", "scan_forward_chunked", "scan_backward", "scan_backward_fast", "reduce",
-        "conv", "norm", "prompt",
+        "conv", "norm", "pack", "prompt",
     }  # fmt: skip
     assert set(kernels.sources()) == covered
 

@@ -10,9 +10,10 @@ import torch
 
 from svp_peft.ops.cuda.conv import conv_silu, conv_silu_backward
 from svp_peft.ops.cuda.frozen_mixer import frozen_mixer
+from svp_peft.ops.cuda.joint_prompt import joint_prompt
 from svp_peft.ops.cuda.kernels import unavailable_reason
 from svp_peft.ops.cuda.norm import add_norm, add_norm_backward
-from svp_peft.ops.cuda.prompt import prompt, prompt_backward, prompt_backward_into
+from svp_peft.ops.cuda.prompt import prompt, prompt_backward
 from svp_peft.ops.cuda.scan import scan
 from svp_peft.ops.cuda.scan_backward import scan_backward
 
@@ -22,9 +23,9 @@ __all__ = [
     "conv_silu",
     "conv_silu_backward",
     "frozen_mixer",
+    "joint_prompt",
     "prompt",
     "prompt_backward",
-    "prompt_backward_into",
     "scan",
     "scan_backward",
     "unavailable",
