@@ -1,6 +1,7 @@
 import contextlib
 import copy
 import io
+import threading
 import time
 
 import pytest
@@ -442,3 +443,38 @@ def test_merge_explains_why_it_cannot_be(model):
     with pytest.raises(MergeError, match="depend on the input"):
         merge_and_unload(model)
     assert issubclass(MergeError, NotImplementedError)
+
+
+def test_adapters_come_and_go_in_another_thread_while_one_trains(images):
+    def train(model: nn.Module, steps: int = 40) -> torch.Tensor:
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        for _ in range(steps):
+            model.zero_grad()
+            model(images).square().mean().backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+        return model.svp.alpha.detach().clone()
+
+    alone = apply_svp(VimLike(), CONFIG, adapter_name="a")
+    shared = copy.deepcopy(alone)
+    expected = train(alone)
+    stop, failures, cycles = threading.Event(), [], 0
+
+    def come_and_go() -> None:
+        nonlocal cycles
+        while not stop.is_set():
+            try:
+                add_adapter(shared, "b", num_classes=3)
+                delete_adapter(shared, "b")
+                cycles += 1
+            except Exception as error:
+                failures.append(error)
+
+    other = threading.Thread(target=come_and_go)
+    other.start()
+    trained = train(shared)
+    stop.set()
+    other.join()
+    assert failures == []
+    assert cycles > 0
+    assert torch.equal(trained, expected)

@@ -562,6 +562,20 @@ def test_the_built_in_vim_compiles_as_one_graph(images):
     torch.testing.assert_close(compiled(images), model(images), rtol=1e-4, atol=1e-5)
 
 
+def test_gradients_of_the_compiled_model_are_those_of_the_eager_one(images):
+    torch._dynamo.reset()
+    model = randomise(apply_svp(built_in(), CONFIG))
+    model(images).square().sum().backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled(images).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        if name in expected:
+            # the traced scan sums in another order than the eager kernels
+            torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-3, atol=1e-5)
+
+
 def test_a_compiled_block_with_its_hook_is_one_graph():
     torch._dynamo.reset()
     model = randomise(apply_svp(VimLike().eval(), CONFIG))

@@ -35,7 +35,7 @@ def _vim(path: str, module: nn.Module) -> BackboneSpec | None:
     """hustvl/Vim and all that share its blocks: forward(hidden_states, residual=None, ...).
 
     Source: hustvl/Vim at dd0358a, vim/models_mamba.py lines 66-139 and 392-501; its segmentation
-    and detection backbones; sony/MambaPEFT at f459d9e; OpenGVLab/VideoMamba at f3427e4;
+    and detection backbones; sony/MambaPEFT at 87f21ec; OpenGVLab/VideoMamba at f3427e4;
     wangf3014/Mamba-Reg at 0f7c2da; hunto/LocalMamba at 75e5d1f, local_vim.py;
     state-spaces/mamba 2.3.2, mixer_seq_simple.py.
     """
