@@ -37,6 +37,7 @@ from svp_peft.adapter_config import (
     refuse_look_alikes,
 )
 from svp_peft.errors import AdapterConfigError, AdapterKeyError, AdapterWeightsError
+from svp_peft.serialise import assemble, pack
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 
@@ -76,14 +77,8 @@ def encode(info: AdapterInfo, tensors: Mapping[str, Tensor]) -> tuple[bytes, byt
         info: its `weights_sha256` is ignored and computed here.
         tensors: by key, any device and layout.
     """
-    from safetensors.torch import save
-
-    plain = {
-        key: tensor.detach().to("cpu", copy=True).contiguous()
-        for key, tensor in sorted(tensors.items())
-    }
-    header, payload = _split(save(plain))
-    digest = _hash_tensors(header, payload)
+    entries, payload = pack(tensors)
+    digest = _hash_tensors(entries, memoryview(payload))
     config = {**info.to_dict(), "weights_sha256": digest}
     text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n"
     metadata = {
@@ -91,10 +86,7 @@ def encode(info: AdapterInfo, tensors: Mapping[str, Tensor]) -> tuple[bytes, byt
         "adapter_config": text,
         "adapter_config_sha256": hashlib.sha256(text.encode()).hexdigest(),
     }
-    # the library writes metadata in random order; a fixed one makes equal adapters equal files
-    entries = json.dumps({"__metadata__": metadata, **header}, separators=(",", ":")).encode()
-    entries += b" " * (-len(entries) % 8)
-    return text.encode(), struct.pack("<Q", len(entries)) + entries + payload
+    return text.encode(), assemble(entries, payload, metadata)
 
 
 def decode(config: bytes, weights: bytes, *, where: str, one_commit: bool) -> AdapterContents:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from svp_peft.errors import CheckpointError
+from svp_peft.serialise import assemble, pack
 
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 CONFIG_KEY = "vim_config"
@@ -61,17 +62,10 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         OSError: the folder cannot be written to.
         TypeError: the config holds what JSON cannot.
     """
-    from safetensors.torch import save
-
-    # copies, because tensors of one file may share memory and safetensors refuses that
-    tensors = {
-        name: tensor.detach().cpu().contiguous().clone()
-        for name, tensor in checkpoint.state.items()
-    }
     metadata = {"format": "pt", CONFIG_KEY: json.dumps(checkpoint.config, sort_keys=True)}
     if checkpoint.entry_name is not None:
         metadata[ENTRY_NAME_KEY] = checkpoint.entry_name
-    data = save(tensors, metadata)
+    data = assemble(*pack(checkpoint.state), metadata)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         temporary.write_bytes(data)
