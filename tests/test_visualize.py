@@ -261,6 +261,22 @@ def test_an_adopted_fork_model_gives_the_same_maps(images):
     assert torch.equal(found.cross, expected.cross)
 
 
+@pytest.mark.gpu
+def test_maps_of_a_model_on_a_gpu_are_those_of_the_cpu(images):
+    model = patched(vim())
+    maps, field = gate_maps(model, images), receptive_field(model, images)
+    model.cuda()
+    on_gpu = gate_maps(model, images.cuda())
+    # cuDNN may embed the patches in TF32, which keeps 10 bits
+    tolerance = {"rtol": 1e-2, "atol": 1e-4}
+    for expected, found in zip(maps.after, on_gpu.after, strict=True):
+        torch.testing.assert_close(found.cpu(), expected, **tolerance)
+    torch.testing.assert_close(on_gpu.inner.cpu(), maps.inner, **tolerance)
+    found = receptive_field(model, images.cuda()).after
+    torch.testing.assert_close(found.cpu(), field.after, **tolerance)
+    plot_gate_maps(on_gpu, images.cuda())
+
+
 def test_receptive_field_is_the_norm_of_the_whole_jacobian(images):
     model = patched(vim(depth=2)).double()
     images = images.double()
