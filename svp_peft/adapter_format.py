@@ -177,12 +177,6 @@ def parse_weights(data: bytes, where: str) -> tuple[dict[str, str], dict[str, Te
 
     refuse_look_alikes(data, where, AdapterWeightsError)
     header, payload = _checked_header(data, where)
-    try:
-        tensors = load(data)
-    except (SafetensorError, ValueError, RuntimeError, KeyError, OverflowError) as error:
-        raise AdapterWeightsError(
-            f"{where} is corrupt ({len(data)} bytes): {error}. Fetch or save the file again."
-        ) from error
     metadata = header.pop("__metadata__", {})
     for key, entry in header.items():
         if entry["dtype"] not in _DTYPES:
@@ -197,6 +191,12 @@ def parse_weights(data: bytes, where: str) -> tuple[dict[str, str], dict[str, Te
                 "one process of a sharded model (ZeRO-3, FSDP): gather the parameters before "
                 "saving."
             )
+    try:
+        tensors = load(data)
+    except (SafetensorError, ValueError, RuntimeError, KeyError, OverflowError) as error:
+        raise AdapterWeightsError(
+            f"{where} is corrupt ({len(data)} bytes): {error}. Fetch or save the file again."
+        ) from error
     short = {key: plain_key(key) for key in header}
     twice = sorted(key for key, plain in short.items() if plain != key and plain in header)
     if twice or len(set(short.values())) < len(short):
