@@ -667,3 +667,37 @@ def test_views_and_shared_memory_are_saved_by_value(tmp_path):
     loaded = read(tmp_path)
     assert torch.equal(loaded["head.weight"], shared)
     assert torch.equal(loaded["head.bias"], shared[:, 0])
+
+
+@pytest.mark.gpu
+def test_file_of_a_gpu_model_is_that_of_a_cpu_model_and_loads_on_both(tmp_path, folder):
+    save_adapter(trained().cuda(), tmp_path / "gpu")
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        assert (tmp_path / "gpu" / name).read_bytes() == (folder / name).read_bytes()
+    expected = read(folder)
+    for model in (base(), base().cuda()):
+        load_adapter(model, tmp_path / "gpu", check_base_model="error")
+        for key, tensor in adapter_state(model, "default").items():
+            assert tensor.device == model.cls_token.device
+            assert torch.equal(tensor.cpu(), expected[key]), key
+
+
+@pytest.mark.gpu
+def test_hotswap_is_seen_by_a_captured_graph(tmp_path, folder):
+    save_adapter(trained(seed=6), tmp_path / "newer")
+    model, x = load_adapter(base().cuda(), folder), images().cuda()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.no_grad(), torch.cuda.stream(side):
+        for _ in range(3):
+            model(x)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        logits = model(x)
+    hotswap_adapter(model, tmp_path / "newer")
+    graph.replay()
+    with torch.no_grad():
+        expected = trained(seed=6).cuda()(x)
+    # the same kernels on the same numbers; the order of their sums may differ between launches
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
