@@ -42,7 +42,7 @@ STRUCTURED = ("position", "orientation", "counting")
 
 @dataclass(frozen=True)
 class Task:
-    """uint8 images (n, 64, 64, 3) and int64 labels, shuffled."""
+    """uint8 images (n, 64, 64, 3) and int64 labels."""
 
     name: str
     num_classes: int
@@ -55,14 +55,20 @@ class Task:
     flipped: bool
 
 
-def load_task(name: str, root: Path, train: int = TRAIN) -> Task:
-    """One of `TASKS` with the first `train` images to train on."""
+def load_task(name: str, root: Path, train: int = TRAIN, *, in_order: bool = False) -> Task:
+    """One of `TASKS` with the first `train` images to train on.
+
+    `in_order` leaves digits as scikit-learn has them: other people wrote the test images.
+    """
     if name in STRUCTURED:
         images, labels = _render(name, TRAIN + RENDERED_TEST)
     elif name == "cifar10":
         images, labels = _cifar(root)
     else:
         images, labels = {"digits": _digits, "mnist": _mnist, "signs": _signs}[name](root)
+        if not in_order and name != "signs":
+            order = np.random.default_rng(0).permutation(len(labels))
+            images, labels = [images[i] for i in order], labels[order]
     pixels = torch.from_numpy(np.stack([_enlarged(image) for image in images]))
     targets = torch.tensor(np.asarray(labels), dtype=torch.int64)
     start = TRAIN if name == "cifar10" else train
@@ -91,8 +97,7 @@ def _digits(root: Path) -> tuple[list[np.ndarray], np.ndarray]:
 
     scans, labels = load_digits(return_X_y=True)
     images = (scans.reshape(-1, 8, 8) * (255 / 16)).round().astype(np.uint8)
-    order = np.random.default_rng(0).permutation(len(labels))
-    return list(images[order]), labels[order]
+    return list(images), labels
 
 
 def _mnist(root: Path) -> tuple[list[np.ndarray], np.ndarray]:
@@ -104,8 +109,7 @@ def _mnist(root: Path) -> tuple[list[np.ndarray], np.ndarray]:
 
         flat, labels = mnist_data()
         images = flat.reshape(-1, 28, 28).astype(np.uint8)
-    order = np.random.default_rng(0).permutation(len(labels))
-    return list(images[order]), labels[order]
+    return list(images), labels
 
 
 def _signs(root: Path) -> tuple[list[np.ndarray], np.ndarray]:
