@@ -198,7 +198,7 @@ def main(command: list[str] | None = None) -> dict[str, Any]:
     if arguments.anchors != "none" and pending("anchors"):
         begun = time.perf_counter()
         anchors = {
-            name: load_task(name, arguments.data_root, train, in_order=True)
+            name: load_task(name, arguments.data_root, train)
             for name, train in ANCHOR_TASKS.items()
             if name in arguments.tasks
         }

