@@ -317,10 +317,7 @@ class _Rows(Cache):
         self._state: tuple[object, ...] = ()
 
     def of(self, scales: Tensor) -> tuple[Tensor, ...]:
-        if scales.is_inference() or (
-            # a graph under capture must not lean on a node of another stream
-            scales.is_cuda and torch.cuda.is_current_stream_capturing()
-        ):
+        if scales.is_inference():
             return scales.unbind(0)
         state = (
             scales._version,
@@ -328,8 +325,11 @@ class _Rows(Cache):
             scales.requires_grad,
             torch.is_grad_enabled(),
             torch.is_inference_mode_enabled(),
+            # a node of another stream would pull that stream into a CUDA graph under capture
+            torch.cuda.current_stream(scales.device).cuda_stream if scales.is_cuda else 0,
         )
         if self._scales is not scales or self._state != state:
+            self.prepared = None  # before the new rows: both would share the old stream's node
             self.prepared = scales.unbind(0)
             self._scales, self._state = scales, state
         return self.prepared  # type: ignore[no-any-return]

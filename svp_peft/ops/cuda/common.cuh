@@ -79,6 +79,14 @@ template <int BYTES> DEVICE void copy_async(void* shared, const void* global) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(s), "l"(global), "n"(BYTES)
                : "memory");
 }
+// The same, or zeros and no access to global memory where not `wanted`.
+template <int BYTES> DEVICE void copy_async_if(void* shared, const void* global, bool wanted) {
+  const u32 s = (u32)__cvta_generic_to_shared(shared);
+  const int bytes = wanted ? BYTES : 0;
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(s), "l"(global), "n"(BYTES),
+               "r"(bytes)
+               : "memory");
+}
 DEVICE void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING> DEVICE void copies_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
@@ -117,6 +125,43 @@ DEVICE void load_rows(T* shared, const T* global, int row_stride, int first, int
     }
   }
 }
+
+// load_rows for a walk: the same rows tile after tile, each lane's address kept and moved along, which
+// takes a fraction of the instructions. Rows outside the sequence become zeros.
+template <int BYTES, int ROWS, int WIDTH, int PITCH, class T> struct RowWalk {
+  static constexpr int E = BYTES > 0 ? BYTES / sizeof(T) : 1, PER_ROW = WIDTH / E;
+  static constexpr int TOTAL = ROWS * PER_ROW, SHOTS = BYTES > 0 ? (TOTAL + 31) / 32 : 1;
+  const T* from;        // the lane's place in the tile that comes next
+  const T* base;        // the first row of the tensor, for tiles without asynchronous copies
+  int stride, row_stride;
+  bool back;
+
+  // direction: +1 where a tile's rows are steps first, first + 1, ..; -1 where they descend
+  DEVICE void start(const T* tensor, int row, int first, int direction, int length, bool reversed,
+                    int lane) {
+    base = tensor, row_stride = row, back = reversed;
+    stride = reversed ? -direction * row : direction * row;
+    const int token = reversed ? length - 1 - first : first;
+    from = tensor + (i64)token * row + lane / PER_ROW * stride + lane % PER_ROW * E;
+  }
+  // Copies the tile whose first row is step s; rows low .. high - 1 exist.
+  DEVICE void load(T* shared, int s, int direction, int low, int high, int length, int lane,
+                   int valid = WIDTH) {
+    if constexpr (BYTES > 0) {
+#pragma unroll
+      for (int shot = 0; shot < SHOTS; shot++) {
+        const int i = shot * 32 + lane, r = i / PER_ROW, p = i % PER_ROW * E;
+        const int ahead = (r - lane / PER_ROW) * stride + p - lane % PER_ROW * E;
+        if (TOTAL % 32 == 0 || i < TOTAL)
+          copy_async_if<BYTES>(shared + r * PITCH + p, from + ahead, r >= low && r < high);
+      }
+      from += ROWS * stride;
+    } else {
+      load_rows<0, ROWS, WIDTH, PITCH>(shared, base, row_stride, s, direction, length, back, lane,
+                                       valid);
+    }
+  }
+};
 
 // The reverse of load_rows for finished tiles: row r goes to the token of step first + r * direction
 // where that step is below `limit`.

@@ -194,9 +194,9 @@ def _streaming(given: Inputs, save_y: bool) -> Callable[..., None]:
 def _streaming_kernel(device: int, macros: tuple[tuple[str, object], ...], save_y: bool) -> Kernel:
     known = dict(macros)
     directions = int(str(known["DIRECTIONS"]))
-    # 20 warps per multiprocessor at 96 registers are best for 16 states; more states need more
-    blocks = 20 // directions if known["D_STATE"] in (8, 16) and known["ACT"] != "float" else 1
-    unroll = 8 if known["D_STATE"] in (8, 16) else 1
+    # 16 warps per multiprocessor at 128 registers are best for 16 states; more states need more
+    blocks = 16 // directions if known["D_STATE"] in (8, 16) and known["ACT"] != "float" else 1
+    unroll = 4 if known["D_STATE"] in (8, 16) else 1
     known |= {"SAVE_Y": save_y, "BLOCKS_PER_SM": blocks, "UNROLL": unroll}
     return Kernel(
         "scan_forward", "scan_forward", known, INPUTS_LAYOUT + "2Q", device, threads=32 * directions

@@ -256,7 +256,7 @@ def _fast_kernel(device: int, macros: _Macros, need: ScanNeeds, workers: int) ->
     known = dict(macros) | _need_macros(need)
     # 16 warps per multiprocessor at 128 registers; the sums for dA take 16 registers more
     warps = 12
-    known |= {"WARPS": workers, "BLOCKS_PER_SM": warps // workers, "UNROLL": 4}
+    known |= {"WARPS": workers, "BLOCKS_PER_SM": warps // workers, "UNROLL": 4, "DIRECT": 1}
     d_state, rank = int(str(known["D_STATE"])), int(str(known["RANK"]))
     tile = _TILE * 32 * 2
     padded = -(-rank // 16) * 16

@@ -138,35 +138,54 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS_PER_SM)
   const float bias = HAS_BIAS ? widen(in.dt_bias[direction][channel]) : 0.f;
 #endif
 
-  auto load_tile = [&](ACT* to, const ACT* from, int row, int s, int step) {
-    load_rows<COPY_TILE, TILE, CHANNELS, CHANNELS>(to, from, row, s, step, length, back, lane);
-  };
+  RowWalk<COPY_TILE, TILE, CHANNELS, CHANNELS, ACT> walk_u, walk_g, walk_z, walk_y;
+  RowWalk<COPY_ROWS, TILE, D_STATE, D_STATE, ACT> walk_BC;
+#if RANK > 0
+  RowWalk<COPY_ROWS, TILE, RANK, RANK_PITCH, ACT> walk_dt;
+#else
+  RowWalk<COPY_TILE, TILE, CHANNELS, CHANNELS, ACT> walk_dt;
+#endif
+  RowWalk<16, TILE, CHANNELS, CHANNELS, float2> walk_stash;
   constexpr int SLOT = (D_STATE + 1) * D_INNER;
   const i64 walk = (i64)direction * in.batch + image;
   float2* stash = args.stash + walk * padded * D_INNER + first;
   // the warps share B and C: one fetches and widens B, another C
+  const bool takes_B = warp == 0, takes_C = warp == 1 % WARPS;
+  auto start = [&](int s, int step, bool first_sweep) {
+    walk_u.start(u, in.u_row, s, step, length, back, lane);
+    walk_g.start(grad_out, D_INNER, s, step, length, back, lane);
+    if constexpr (HAS_Z) walk_z.start(z, in.z_row, s, step, length, back, lane);
+    if constexpr (WARPS > 1)
+      walk_BC.start(takes_B ? B : C, takes_B ? in.b_row : in.c_row, s, step, length, back, lane);
+    if (first_sweep) {
+      walk_dt.start(dt, in.dt_row, s, step, length, back, lane);
+      if constexpr (NEED_Z) walk_y.start(y, D_INNER, s, step, length, back, lane);
+    } else {
+      walk_stash.start(stash, D_INNER, s, step, length, false, lane);
+    }
+  };
   auto load = [&](int slot, int s, int step, bool first_sweep) {
     Stage& to = self.stage[slot];
-    load_tile(to.u, u, in.u_row, s, step);
-    load_tile(to.g, grad_out, D_INNER, s, step);
-    if constexpr (HAS_Z) load_tile(to.z, z, in.z_row, s, step);
-    if (warp == 0)
+    const int low = step < 0 ? s + 1 - length : 0, high = step < 0 ? TILE : length - s;
+    walk_u.load(to.u, s, step, low, high, length, lane);
+    walk_g.load(to.g, s, step, low, high, length, lane);
+    if constexpr (HAS_Z) walk_z.load(to.z, s, step, low, high, length, lane);
+    if constexpr (WARPS > 1) {
+      ACT* rows = takes_B ? block.staged_B[slot] : block.staged_C[slot];
+      if (takes_B || takes_C) walk_BC.load(rows, s, step, low, high, length, lane);
+    } else {
       load_rows<COPY_ROWS, TILE, D_STATE, D_STATE>(block.staged_B[slot], B, in.b_row, s, step, length, back, lane);
-    if (warp == 1 % WARPS)
       load_rows<COPY_ROWS, TILE, D_STATE, D_STATE>(block.staged_C[slot], C, in.c_row, s, step, length, back, lane);
+    }
     if (first_sweep) {
 #if RANK > 0
-      load_rows<COPY_ROWS, TILE, RANK, RANK_PITCH>(to.low, dt, in.dt_row, s, step, length, back, lane);
+      walk_dt.load(to.low, s, step, low, high, length, lane);
 #else
-      load_tile(to.raw_dt, dt, in.dt_row, s, step);
+      walk_dt.load(to.raw_dt, s, step, low, high, length, lane);
 #endif
-      if (writes_dz) load_tile(to.y, y, D_INNER, s, step);
+      if (writes_dz) walk_y.load(to.y, s, step, low, high, length, lane);
     } else {
-#pragma unroll
-      for (int j = 0; j < 4; j++) {  // two channels a copy; steps past the end are in the padding
-        const int i = lane / 16 + 2 * j, c = lane % 16 * 2;
-        copy_async<16>(to.stash + i * CHANNELS + c, stash + (s - i) * D_INNER + c);
-      }
+      walk_stash.load(to.stash, s, step, 0, TILE, length, lane);
     }
     copies_commit();
   };
@@ -176,13 +195,13 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS_PER_SM)
     if (warp == 0) widen_rows<TILE * D_STATE>(block.B, block.staged_B[slot], lane);
     if (warp == 1 % WARPS) widen_rows<TILE * D_STATE>(block.C, block.staged_C[slot], lane);
   };
-  auto clear_row = [&](ACT* tile, int i) { tile[i * CHANNELS + lane] = narrowed<ACT>(0.f); };
 
   // sweep 1
   float2* keep = stash + lane;
   float* left = KEEP_STATES ? args.states + walk * (padded / TILE) * SLOT + channel : nullptr;
   ACT* dz = NEED_Z ? args.dz + origin * args.dz_row + first : nullptr;
   float prefix = 0.f;  // S_s
+  start(0, 1, true);
   load(0, 0, 1, true);
   finish_load(0);
   __syncthreads();
@@ -203,10 +222,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS_PER_SM)
       for (int n = 0; n < D_STATE; n++) left[n * D_INNER] = h[n];
     }
     __syncwarp();
-    for (int i = inside; i < TILE; i++) {  // a step of size 0 leaves everything as it is
-      self.dt[i * 33 + lane] = 0.f;
-      clear_row(stage.g, i);
-    }
+    // a step of size 0 leaves everything as it is
+    for (int i = inside; i < TILE; i++) self.dt[i * 33 + lane] = 0.f;
 #pragma unroll(STEPS)
     for (int i = 0; i < TILE; i++) {
       const int k = i * CHANNELS + lane;
@@ -256,11 +273,16 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS_PER_SM)
 #pragma unroll
   for (int n = 0; n < D_STATE; n++) h[n] = 0.f;
   __syncwarp();  // the stash is read by other lanes than wrote it
+  start(padded - 1, -1, false);
   load(0, padded - 1, -1, false);
   const float skip = HAS_D ? widen(in.D[direction][channel]) : 0.f;
   float carried = 0.f, dD = 0.f, dbias = 0.f;  // carried: U_t / ln 2
   ACT* du = NEED_U ? args.du[direction] + origin * D_INNER + first : nullptr;
   ACT* ddt = NEED_DT ? args.ddt[direction] + origin * D_INNER + first : nullptr;
+#if DIRECT
+  int at = (back ? length - padded : padded - 1) * D_INNER + lane;
+  const int step = back ? D_INNER : -D_INNER;
+#endif
   finish_load(0);
   __syncthreads();
   for (int s = padded - 1, slot = 0; s >= 0; s -= TILE, slot ^= 1) {
@@ -280,7 +302,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS_PER_SM)
         }
       }
     }
-    for (int i = 0; i < outside; i++) clear_row(stage.g, i);
 #pragma unroll(STEPS)
     for (int i = 0; i < TILE; i++) {
       const int k = i * CHANNELS + lane;
@@ -313,17 +334,29 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS_PER_SM)
       carried += G - dx * product;
       float grad_dt = fmaf(LN2, carried, x * dot_B);
       if constexpr (SOFTPLUS) grad_dt *= softplus_slope<false>(d);
+#if DIRECT
+      const ACT grad_u = narrowed<ACT>(fmaf(skip, gy, d * dot_B));
+      const ACT grad_d = narrowed<ACT>(grad_dt);
+      if (i >= outside) {
+        if constexpr (NEED_U) du[at] = grad_u;
+        if constexpr (NEED_DT) ddt[at] = grad_d;
+      }
+      at += step;
+#else
       if constexpr (NEED_U) narrow(fmaf(skip, gy, d * dot_B), stage.u[k]);
       if constexpr (NEED_DT) narrow(grad_dt, stage.g[k]);
+#endif
       if constexpr (NEED_D) dD = fmaf(gy, x, dD);
       if constexpr (NEED_BIAS) dbias += i < outside ? 0.f : grad_dt;
       if constexpr (NEED_A) prefix -= d;
     }
     __syncthreads();
+#if !DIRECT
     if constexpr (NEED_U)
       store_rows<COPY_TILE, TILE, CHANNELS>(du, stage.u, D_INNER, s, -1, length, length, back, lane);
     if constexpr (NEED_DT)
       store_rows<COPY_TILE, TILE, CHANNELS>(ddt, stage.g, D_INNER, s, -1, length, length, back, lane);
+#endif
     if constexpr (NEED_B) add_up(block, sums_B, s, -1, length, back, warp, lane);
     if (s > TILE) finish_load(slot ^ 1);
     __syncthreads();

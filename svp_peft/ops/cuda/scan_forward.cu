@@ -47,6 +47,13 @@ struct Walk {
   const int lane, length, channels, valid;
   const ACT *u, *dt, *B, *C, *z;
   ACT *out, *y_out;
+  RowWalk<COPY_TILE, TILE, CHANNELS, CHANNELS, ACT> walk_u, walk_z, walk_out;
+  RowWalk<COPY_ROWS, TILE, D_STATE, D_STATE, ACT> walk_B, walk_C;
+#if RANK > 0
+  RowWalk<COPY_ROWS, TILE, RANK, RANK_PITCH, ACT> walk_dt;
+#else
+  RowWalk<COPY_TILE, TILE, CHANNELS, CHANNELS, ACT> walk_dt;
+#endif
   float rate[D_STATE], h[D_STATE], skip, bias;
 
   DEVICE Walk(const Args& args, Warp& self, int direction, int image, int first, int lane)
@@ -80,25 +87,34 @@ struct Walk {
 #endif
   }
 
-  DEVICE void load_tile(ACT* to, const ACT* from, int row, int s) {
-    load_rows<COPY_TILE, TILE, CHANNELS, CHANNELS>(to, from, row, s, 1, length, back, lane, valid);
+  // Where a phase starts: from here the addresses only move along.
+  DEVICE void start(int s) {
+    walk_u.start(u, in.u_row, s, 1, length, back, lane);
+    walk_dt.start(dt, in.dt_row, s, 1, length, back, lane);
+    walk_B.start(B, in.b_row, s, 1, length, back, lane);
+    walk_C.start(C, in.c_row, s, 1, length, back, lane);
+    if constexpr (HAS_Z) walk_z.start(z, in.z_row, s, 1, length, back, lane);
+    if constexpr (DIRECTIONS == 2) walk_out.start(out, channels, s, 1, length, back, lane);
   }
   template <bool MEET> DEVICE void load(Stage& to, int s) {
-    load_tile(to.u, u, in.u_row, s);
+    const int rows = length - s;
+    walk_u.load(to.u, s, 1, 0, rows, length, lane, valid);
 #if RANK > 0
-    load_rows<COPY_ROWS, TILE, RANK, RANK_PITCH>(to.low, dt, in.dt_row, s, 1, length, back, lane);
+    walk_dt.load(to.low, s, 1, 0, rows, length, lane);
 #else
-    load_tile(to.raw_dt, dt, in.dt_row, s);
+    walk_dt.load(to.raw_dt, s, 1, 0, rows, length, lane, valid);
 #endif
-    load_rows<COPY_ROWS, TILE, D_STATE, D_STATE>(to.B, B, in.b_row, s, 1, length, back, lane);
-    load_rows<COPY_ROWS, TILE, D_STATE, D_STATE>(to.C, C, in.c_row, s, 1, length, back, lane);
-    if constexpr (MEET && HAS_Z) load_tile(to.z, z, in.z_row, s);
-    if constexpr (MEET && DIRECTIONS == 2) load_tile(to.partner, out, channels, s);
+    walk_B.load(to.B, s, 1, 0, rows, length, lane);
+    walk_C.load(to.C, s, 1, 0, rows, length, lane);
+    if constexpr (MEET && HAS_Z) walk_z.load(to.z, s, 1, 0, rows, length, lane, valid);
+    if constexpr (MEET && DIRECTIONS == 2)
+      walk_out.load(to.partner, s, 1, 0, rows, length, lane, valid);
     copies_commit();
   }
 
   // Steps begin .. end - 1. Where the directions MEET the result is finished, else it is y so far.
   template <bool MEET> DEVICE void run(int begin, int end) {
+    start(begin);
     if (begin < end) load<MEET>(self.stage[0], begin);
     for (int s = begin, current = 0; s < end; s += TILE, current ^= 1) {
       if (s + TILE < end) {
