@@ -1,8 +1,9 @@
-"""The two hook objects of a patched model: one per block, one for the model's own call."""
+"""The hook objects of a patched model: one per block, two for the model's own call."""
 
 from __future__ import annotations
 
 import inspect
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,21 @@ _REFUSED_ARGUMENTS = {
     "if_random_token_rank": "shuffled tokens hide where the class token stands",
     "if_random_cls_token_position": "a random position hides where the class token stands",
 }
+
+# nn.DataParallel runs each copy of the model in a thread of its own; the copies share their hooks
+_replica = threading.local()
+
+
+@dataclass(frozen=True, eq=False)
+class NoteReplica:
+    """Forward pre-hook of the patched model: in a copy made by nn.DataParallel, keeps that copy's
+    state for the hooks of its blocks, whose own state belongs to the original."""
+
+    svp: SVPState
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...]) -> None:
+        if getattr(model, "_is_replica", False):
+            _replica.svp = model.svp
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,21 +55,23 @@ class PromptBlockInput:
     def __call__(
         self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if self.svp.disabled:
+        svp = _state_for(block, self.svp)
+        if svp.disabled:
             return args, kwargs
-        if kwargs.get("inference_params") is not None:
+        third = args[2] if self.input_name == "hidden_states" and len(args) > 2 else None
+        if kwargs.get("inference_params", third) is not None:
             raise InputError(_refused("inference_params", "a block"))
         if args:
-            return (self._prompted(args[0]), *args[1:]), kwargs
+            return (self._prompted(svp, args[0]), *args[1:]), kwargs
         if self.input_name not in kwargs:
             raise InputError(
                 f"block {self.block_index} was called with the keywords {sorted(kwargs)}, without "
                 f"{self.input_name!r}: the prompts would be skipped silently. Pass the tokens "
                 "first, or apply with backbone=BackboneSpec(input_name=...)."
             )
-        return args, kwargs | {self.input_name: self._prompted(kwargs[self.input_name])}
+        return args, kwargs | {self.input_name: self._prompted(svp, kwargs[self.input_name])}
 
-    def _prompted(self, x: Tensor) -> Tensor:
+    def _prompted(self, svp: SVPState, x: Tensor) -> Tensor:
         dims, axis = (3, -1) if self.layout == "tokens" else (4, -1)
         if self.layout == "channels_first":
             axis = 1
@@ -65,19 +83,19 @@ class PromptBlockInput:
                 "size, or apply with another backbone=BackboneSpec(layout=..., d_model=...)."
             )
         if self.layout == "tokens":
-            out = self._prompted_tokens(x)
+            out = self._prompted_tokens(svp, x)
         elif self.layout == "channels_last":
-            out = self._prompted_tokens(x.flatten(1, 2)).reshape(x.shape)
+            out = self._prompted_tokens(svp, x.flatten(1, 2)).reshape(x.shape)
         else:
-            tokens = self._prompted_tokens(x.flatten(2).transpose(1, 2))
+            tokens = self._prompted_tokens(svp, x.flatten(2).transpose(1, 2))
             out = tokens.transpose(1, 2).reshape(x.shape)
         # kernels of PyTorch round differently on another memory layout, and a fresh adapter must
         # not change a bit
         return out if out.stride() == x.stride() else torch.empty_like(x).copy_(out)
 
-    def _prompted_tokens(self, x: Tensor) -> Tensor:
+    def _prompted_tokens(self, svp: SVPState, x: Tensor) -> Tensor:
         skip = class_token_positions(self.class_tokens, x.shape[1], self.reversed_block)
-        return self.svp(x, self.block_index, skip)
+        return svp(x, self.block_index, skip)
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,24 +109,25 @@ class CheckModelInput:
     def __call__(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if self.svp.disabled:
+        svp = _state_for(model, self.svp)
+        if svp.disabled:
             return args, kwargs
         for name, position in self.refused:
             value = kwargs.get(name, args[position] if position < len(args) else None)
             if value is not None and value is not False:
                 raise InputError(_refused(name, type(model).__name__))
-        check_flips(model, self.svp.spec)
-        routing = self.svp.routing
+        check_flips(model, svp.spec)
+        routing = svp.routing
         for index, value in enumerate(args):
             if isinstance(value, Tensor):
                 if routing is not None:
                     routing.check_batch(value.shape[0])
-                return (*args[:index], self.svp.images(value), *args[index + 1 :]), kwargs
+                return (*args[:index], svp.images(value), *args[index + 1 :]), kwargs
         for name, value in kwargs.items():
             if isinstance(value, Tensor):
                 if routing is not None:
                     routing.check_batch(value.shape[0])
-                return args, kwargs | {name: self.svp.images(value)}
+                return args, kwargs | {name: svp.images(value)}
         return args, kwargs
 
 
@@ -150,6 +169,10 @@ def _refused(name: str, where: str) -> str:
 
 def remove_hooks(module: nn.Module, svp: SVPState) -> None:
     for key, hook in list(module._forward_pre_hooks.items()):
-        if isinstance(hook, (PromptBlockInput, CheckModelInput)) and hook.svp is svp:
+        if isinstance(hook, (NoteReplica, PromptBlockInput, CheckModelInput)) and hook.svp is svp:
             del module._forward_pre_hooks[key]
             module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def _state_for(module: nn.Module, svp: SVPState) -> SVPState:
+    return _replica.svp if getattr(module, "_is_replica", False) else svp

@@ -6,6 +6,7 @@ Nothing of the base model is renamed, wrapped or replaced. What `apply_svp` chan
     model.svp                an `SVPState`: every adapter, and every module that is not in use now
     model.<blocks>           each block gets a `PromptBlockInput` as forward pre-hook
     model.<owner>            gets a `CheckModelInput` as forward pre-hook
+    model                    gets a `NoteReplica` as forward pre-hook, for nn.DataParallel
     model.head               trained by the adapter; a frozen copy is kept for the base model
     requires_grad            off for all but the adapter and its head
 """
@@ -23,6 +24,7 @@ from svp_peft.config import BASE_ADAPTER, SVPConfig, check_adapter_name
 from svp_peft.errors import AlreadyAppliedError, BackboneNotSupportedError, ConfigError
 from svp_peft.hooks import (
     CheckModelInput,
+    NoteReplica,
     PromptBlockInput,
     check_flips,
     refused_arguments,
@@ -155,6 +157,11 @@ def check_patchable(model: nn.Module, backbone: BackboneSpec | None = None) -> B
             "values to prompt with. Load the weights first (model.to_empty and load_state_dict)."
         )
     spec = find_backbone(model, backbone)
+    if isinstance(model, (nn.Sequential, nn.ModuleList)):
+        raise BackboneNotSupportedError(
+            f"{type(model).__name__} runs or counts every module in it, and would take `svp` for "
+            f"one of them. Call apply_svp on the model inside, at {spec.owner!r}."
+        )
     check_flips(model.get_submodule(spec.owner), spec)
     return spec
 
@@ -226,6 +233,7 @@ def attach(
             spec.layout,
         )
         model.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True)
+    model.register_forward_pre_hook(NoteReplica(svp))
     owner = model.get_submodule(spec.owner)
     owner.register_forward_pre_hook(
         CheckModelInput(svp, refused_arguments(owner)), with_kwargs=True

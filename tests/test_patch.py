@@ -459,6 +459,10 @@ def test_models_on_meta_are_refused():
         apply_svp(model, CONFIG)
 
 
+def test_a_sequence_that_would_run_svp_as_one_of_its_parts_is_refused():
+    refused(nn.Sequential(VimLike()), BackboneNotSupportedError, "the model inside, at '0'")
+
+
 def test_wrapped_models_are_refused():
     refused(nn.DataParallel(VimLike()), BackboneNotSupportedError, "inner model first")
 
@@ -508,6 +512,8 @@ def test_inference_params_at_a_block_are_refused():
     model = apply_svp(VimLike().eval(), CONFIG)
     with pytest.raises(InputError, match="forward scan only"):
         model.layers[0](torch.zeros(1, 17, 16), inference_params=object())
+    with pytest.raises(InputError, match="forward scan only"):
+        model.layers[0](torch.zeros(1, 17, 16), None, object())
 
 
 def test_an_asymmetric_flip_is_refused_before_and_after_patching(images):
@@ -639,5 +645,5 @@ def test_ddp_with_two_processes_trains_like_one_without_unused_parameters(tmp_pa
         )
         for rank in range(2)
     ]
-    outputs = [worker.communicate(timeout=120)[0] for worker in workers]
+    outputs = [worker.communicate(timeout=250)[0] for worker in workers]
     assert [output.strip().splitlines()[-1] for output in outputs] == ["agreed"] * 2, outputs

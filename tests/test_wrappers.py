@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
@@ -34,6 +35,41 @@ def test_data_parallel_gives_the_models_output():
     model = randomised(VimLike())
     images = torch.randn(4, 3, 16, 16)
     assert torch.equal(nn.DataParallel(model)(images), model(images))
+
+
+def replica_of(model: nn.Module) -> nn.Module:
+    """What nn.DataParallel runs on another GPU: shallow copies, with parameters of their own."""
+    copies = {module: module._replicate_for_data_parallel() for module in model.modules()}
+    for module, twin in copies.items():
+        for name, child in module._modules.items():
+            if child is not None:
+                setattr(twin, name, copies[child])
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                setattr(twin, name, parameter.detach().clone())
+    return copies[model]
+
+
+class Outer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = VimLike()
+
+    def forward(self, images):
+        return self.net(images)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_replica_of_data_parallel_uses_its_own_copy_of_the_adapter(nested):
+    model = randomised(Outer() if nested else VimLike())
+    images = torch.randn(2, 3, 16, 16)
+    expected = model(images)
+    replica = replica_of(model)
+    with torch.no_grad():
+        # what a replica read from the original would show here
+        model.svp.alpha.zero_()
+    torch.testing.assert_close(replica(images), expected)
+    assert not torch.equal(model(images), expected)
 
 
 def test_a_training_module_around_the_model_trains_and_switches_it():
@@ -137,5 +173,5 @@ def test_fsdp2_with_two_processes_trains_switches_and_disables(tmp_path):
         )
         for rank in range(2)
     ]
-    outputs = [worker.communicate(timeout=120)[0] for worker in workers]
+    outputs = [worker.communicate(timeout=250)[0] for worker in workers]
     assert [output.strip().splitlines()[-1] for output in outputs] == ["agreed"] * 2, outputs
