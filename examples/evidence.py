@@ -21,6 +21,7 @@ import json
 import math
 import os
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -87,9 +88,10 @@ def measure(
     benches = make_benches(tasks, method, options, arguments.epochs, arguments)
     names = [task.name for task in tasks]
     rows: list[dict[str, Any]] = []
+    starts = cache(lambda seed: initial_states(benches, method, options, seed))
 
     def together(seed: int, lrs: list[float], val: int, phase: str) -> list[float]:
-        states = initial_states(benches, method, options, seed)
+        states = starts(seed)
         started = time.perf_counter()
         accuracies = run_together(benches, states, seed, lrs, arguments.epochs, val)
         seconds = time.perf_counter() - started
