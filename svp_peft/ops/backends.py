@@ -92,6 +92,14 @@ def _decide(name: str, device: torch.device, dtype: torch.dtype) -> str:
 _decide._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def provides(name: str, function: str) -> bool:
+    """Whether a backend has a kernel of its own for `function`."""
+    return hasattr(kernels(name), function)
+
+
+provides._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def kernels(name: str) -> ModuleType:
     """The package of one backend; it is imported when first asked for."""
     module = _loaded.get(name)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from svp_peft.ops import reference
-from svp_peft.ops.backends import choose, kernels
+from svp_peft.ops.backends import choose, kernels, provides
 
 
 def add_norm(
@@ -49,7 +49,7 @@ def add_norm(
     if drop_mask is not None and (name != "cuda" or torch.compiler.is_compiling()):
         keep = (drop_mask * drop_scale).to(hidden.dtype)
         hidden, drop_mask = hidden * keep.view(-1, *[1] * (hidden.dim() - 1)), None
-    if not hasattr(kernels(name), "add_norm_backward"):
+    if not provides(name, "add_norm_backward"):
         with torch.autocast(hidden.device.type, enabled=False):
             return reference.add_norm(
                 hidden, residual, weight, bias, eps=eps, rms=rms, residual_dtype=residual_dtype

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from svp_peft.ops import reference
-from svp_peft.ops.backends import choose, kernels
+from svp_peft.ops.backends import choose, kernels, provides
 from svp_peft.ops.casting import cast, compute_dtype
 from svp_peft.ops.types import Cache
 
@@ -64,7 +64,7 @@ def svp_prompt(
     halves = [dtype for dtype in (x.dtype, product) if dtype.itemsize < 4]
     name = choose(backend, x.device, halves[0] if halves else product)
     dropping = training and dropout > 0
-    fused = hasattr(kernels(name), "prompt_backward") and not torch.compiler.is_compiling()
+    fused = provides(name, "prompt_backward") and not torch.compiler.is_compiling()
     if fused and not dropping and cross_weight is not None and down_weight is not None:
         if name == "cuda" and x.numel() and all(_is_plain(t) for t in tensors):
             keep = x.numel() <= _KEEP_PRE_ACTIVATIONS
