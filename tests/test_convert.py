@@ -27,6 +27,7 @@ from svp_peft.errors import (
     SVPError,
 )
 from svp_peft.vim import VisionMamba, vim_small
+from svp_peft.vim.files import load_pickle
 from tests.golden.golden_io import Case, ids, load_case
 from tests.tiny import base, trained
 
@@ -140,8 +141,7 @@ def test_way_back_gives_every_trained_tensor_bit_for_bit(name, tmp_path):
     source = checkpoint(case, tmp_path / "checkpoint.pth")
     folder = convert_svp_checkpoint(source, tmp_path / "adapter")
     target = export_svp_checkpoint(folder, tmp_path / "back.pth", base=backbone(case))
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        back = torch.load(target, weights_only=True)
+    back = load_pickle(target)
     assert back["model"].keys() == case.state.keys()
     for key, tensor in case.state.items():
         assert torch.equal(back["model"][key], tensor), key
@@ -155,8 +155,7 @@ def test_way_back_without_a_base_holds_the_trained_tensors_alone(tmp_path):
     case = load_case("svp_d4_sl2_acts")
     folder = convert_svp_checkpoint(checkpoint(case, tmp_path / "c.pth"), tmp_path / "adapter")
     target = export_svp_checkpoint(folder, tmp_path / "back.pth")
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        state = torch.load(target, weights_only=True)["model"]
+    state = load_pickle(target)["model"]
     assert set(state) == {key for key in case.state if is_trained(key)}
 
 
@@ -168,9 +167,8 @@ def test_scale_rows_beyond_the_depth_are_kept_for_the_way_back_only(tmp_path):
     assert torch.equal(tensors[UNUSED_SCALE_ROWS], case.state["prompt_scale"][4:])
     # a model has no place for them: saved from one, the way back fills in zeros
     save_adapter(load_adapter(backbone(case), folder), tmp_path / "again")
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        path = export_svp_checkpoint(tmp_path / "again", tmp_path / "b.pth")
-        scale = torch.load(path, weights_only=True)["model"]["prompt_scale"]
+    path = export_svp_checkpoint(tmp_path / "again", tmp_path / "b.pth")
+    scale = load_pickle(path)["model"]["prompt_scale"]
     assert torch.equal(scale[:4], tensors["svp.beta"])
     assert scale.shape == (24, 32)
     assert not bool(scale[4:].any())
