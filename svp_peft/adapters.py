@@ -142,6 +142,10 @@ def add_adapter(
 def set_adapter(model: nn.Module, name: str, *, trainable: bool | None = None) -> None:
     """Make `name` the active adapter: its prompters are used and its head stands in the model.
 
+    A compiled model compiles once for each adapter that it meets, up to
+    `torch._dynamo.config.recompile_limit` (8), then falls back to eager, or fails with
+    `fullgraph=True`. For more adapters, `hotswap_adapter` puts other weights into one of them.
+
     Args:
         trainable: True also makes this adapter and its head trainable and freezes every other
             one; False freezes this one; None leaves all requires_grad flags alone.
