@@ -166,6 +166,7 @@ class SVPAdapter(nn.Module):
         self.beta = _zero_scales(list(blocks.values())) if config.use_inner else None
         self._caches = tuple(Cache() for _ in widths)
         self._alpha_rows, self._beta_rows = _Rows(), _Rows()
+        self._first, self._last = min(self.layers, default=0), max(self.layers, default=0)
 
     def forward(self, x: Tensor, block_index: int, skip: Sequence[int] = ()) -> Tensor:
         """Tokens entering block `block_index`, float (batch, L, d_model) -> prompted tokens.
@@ -223,8 +224,9 @@ class SVPAdapter(nn.Module):
         place = self._places[block_index]
         cross = self.cross[place.group] if self.alpha is not None else None
         inner = self.inner[block_index] if self.beta is not None else None
-        alpha = _row(self.alpha, place.stage, place.alpha_row, self._alpha_rows)
-        beta = _row(self.beta, place.stage, place.beta_row, self._beta_rows)
+        ends = (block_index == self._first, block_index == self._last)
+        alpha = _row(self.alpha, place.stage, place.alpha_row, self._alpha_rows, ends)
+        beta = _row(self.beta, place.stage, place.beta_row, self._beta_rows, ends)
         return cross, inner, alpha, beta  # type: ignore[return-value]
 
 
@@ -294,7 +296,11 @@ def _zero_scales(shapes: Sequence[Sequence[int]]) -> nn.Parameter | nn.Parameter
 
 
 def _row(
-    scales: nn.Parameter | nn.ParameterList | None, stage: int, row: int, rows: _Rows
+    scales: nn.Parameter | nn.ParameterList | None,
+    stage: int,
+    row: int,
+    rows: _Rows,
+    ends: tuple[bool, bool],
 ) -> Tensor | None:
     if scales is None:
         return None
@@ -302,13 +308,15 @@ def _row(
         return scales[stage][row]
     if torch.compiler.is_compiling():
         return scales[row]
-    return rows.of(scales)[row]
+    return rows.take(scales, row, *ends)
 
 
 class _Rows(Cache):
-    """The rows of stacked scales, taken apart once per step: one node of the graph for all blocks.
+    """The rows of stacked scales, taken apart once per forward pass: one node of the graph.
 
     Taken one by one, the backward pass would fill a tensor with zeros for every row and add it up.
+    The rows are held from the first prompted block to the last and no longer: they are part of the
+    graph, and a graph that outlives its step breaks the capture of a CUDA graph.
     """
 
     def __init__(self) -> None:
@@ -316,20 +324,12 @@ class _Rows(Cache):
         self._scales: Tensor | None = None
         self._state: tuple[object, ...] = ()
 
-    def of(self, scales: Tensor) -> tuple[Tensor, ...]:
-        if scales.is_inference():
-            return scales.unbind(0)
-        state = (
-            scales._version,
-            scales.data_ptr(),
-            scales.requires_grad,
-            torch.is_grad_enabled(),
-            torch.is_inference_mode_enabled(),
-            # a node of another stream would pull that stream into a CUDA graph under capture
-            torch.cuda.current_stream(scales.device).cuda_stream if scales.is_cuda else 0,
-        )
-        if self._scales is not scales or self._state != state:
-            self.prepared = None  # before the new rows: both would share the old stream's node
-            self.prepared = scales.unbind(0)
-            self._scales, self._state = scales, state
-        return self.prepared  # type: ignore[no-any-return]
+    def take(self, scales: Tensor, row: int, first: bool, last: bool) -> Tensor:
+        state = (scales._version, torch.is_grad_enabled()) if not scales.is_inference() else ()
+        if first:
+            self._scales, self._state, self.prepared = scales, state, scales.unbind(0)
+        # blocks called alone or in another order (recomputation) find nothing, or another pass's
+        known = self.prepared if self._scales is scales and self._state == state else None
+        if last:
+            self._scales = self.prepared = None
+        return scales[row] if known is None else known[row]  # type: ignore[no-any-return]

@@ -1,4 +1,6 @@
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -204,3 +206,45 @@ def test_named_modules_take_names_that_modules_use_themselves():
     assert container.pop("train") is layers["train"]
     assert "train" not in container
     assert len(container) == len(names) - 1
+
+
+def test_no_graph_outlives_a_step():
+    adapter = SVPAdapter(8, 3, SVPConfig(inner_bottleneck=2, cross_group_size=2))
+    x = torch.randn(2, 5, 8)
+    for block in range(3):
+        x = adapter(x, block)
+    node = weakref.ref(x.grad_fn)
+    del x
+    gc.collect()
+    assert node() is None
+    assert adapter._alpha_rows.prepared is None
+    assert adapter._beta_rows.prepared is None
+
+
+def test_blocks_out_of_order_get_their_own_rows():
+    adapter = SVPAdapter(8, 3, SVPConfig(inner_bottleneck=2, cross_group_size=1))
+    with torch.no_grad():
+        adapter.alpha.copy_(torch.arange(3.0)[:, None].expand(3, 8))
+        adapter.beta.copy_(10 + torch.arange(3.0)[:, None].expand(3, 8))
+    for block in (1, 0, 2, 1, 0, 0, 2):
+        _, _, alpha, beta = adapter.parts(block)
+        assert alpha[0] == block
+        assert beta[0] == 10 + block
+
+
+def test_gradients_of_the_scales_add_up_over_two_forward_passes():
+    adapter = SVPAdapter(8, 3, SVPConfig(inner_bottleneck=2, cross_group_size=2))
+    nn.init.normal_(adapter.alpha)
+    x = torch.randn(2, 5, 8)
+
+    def loss(tokens):
+        for block in range(3):
+            tokens = adapter(tokens, block)
+        return tokens.square().sum()
+
+    (loss(x) + loss(2 * x)).backward()
+    together = adapter.alpha.grad.clone()
+    adapter.zero_grad()
+    loss(x).backward()
+    loss(2 * x).backward()
+    torch.testing.assert_close(adapter.alpha.grad, together)
