@@ -327,12 +327,7 @@ def test_a_broken_compiler_is_one_warning_that_quotes_it(
 def test_a_source_that_does_not_compile_names_its_first_error(tmp_path: Path, tiny: Path) -> None:
     (tiny / "one.cpp").write_text("int broken() { return nothing; }\n")
     result = run(tiny, environment(tmp_path / "cache"))
-    assert_falls_back(result, "'nothing' was not declared" if gcc() else "undeclared")
-
-
-def gcc() -> bool:
-    version = subprocess.run(["c++", "--version"], capture_output=True, text=True, check=True)
-    return "Free Software Foundation" in version.stdout
+    assert_falls_back(result, "one.cpp:1:", "'nothing'")
 
 
 @pytest.fixture
