@@ -80,9 +80,9 @@ def train_epoch(
     """
     model.train()
     criterion = SoftTargetCrossEntropy()
-    totals = torch.zeros(3, device=accelerator.device, dtype=torch.float64)
+    totals = torch.zeros(2, device=accelerator.device, dtype=torch.float64)
     started = time.perf_counter()
-    waited = 0.0
+    waited, seen = 0.0, 0
     batches = iter(loader)
     bar = tqdm(
         total=steps,
@@ -107,13 +107,12 @@ def train_epoch(
             optimizer.zero_grad()
         if ema and accelerator.sync_gradients:
             ema.update(accelerator.unwrap_model(model))
-        correct = (logits.detach().argmax(1) == labels).sum()
-        totals += torch.stack(
-            (loss.detach().double() * len(labels), correct, correct * 0 + len(labels))
-        )
+        hits = (logits.detach().argmax(1) == labels).sum()
+        totals += torch.stack((loss.detach().double() * len(labels), hits))
+        seen += len(labels)
         # reading a number waits for the device: not at every step
         if step % 20 == 19 or step == steps - 1:
-            total_loss, hits, seen = totals.tolist()
+            total_loss, correct = totals.tolist()
             if not math.isfinite(total_loss):
                 raise RunError(
                     f"the loss is {total_loss / seen} in epoch {epoch}, step {step}: the learning "
@@ -121,16 +120,16 @@ def train_epoch(
                     "--mixed-precision bf16. Earlier checkpoints are untouched."
                 )
             speed = seen * accelerator.num_processes / (time.perf_counter() - started)
-            bar.set_postfix_str(
-                f"loss {total_loss / seen:.3f}, accuracy {hits / seen:.1%}, {speed:,.0f} images/s"
-            )
+            accuracy = f"accuracy {correct / seen:.1%}"
+            bar.set_postfix_str(f"loss {total_loss / seen:.3f}, {accuracy}, {speed:,.0f} images/s")
         bar.update()
     bar.close()
-    total_loss, hits, seen = accelerator.reduce(totals).tolist()
+    seen *= accelerator.num_processes
+    total_loss, correct = accelerator.reduce(totals).tolist()
     seconds = time.perf_counter() - started
     return {
         "loss": total_loss / seen,
-        "train_accuracy": hits / seen,
+        "train_accuracy": correct / seen,
         "seconds": seconds,
         "images_per_second": seen / seconds,
         "data_wait": waited / seconds,
@@ -143,10 +142,12 @@ def evaluate(
 ) -> float:
     """Top-1 accuracy over all processes; every image counts once."""
     model.eval()
-    counts = torch.zeros(2, device=accelerator.device, dtype=torch.float64)
+    correct = torch.zeros((), device=accelerator.device)
+    seen = 0
     for images, labels in loader:
         labels = labels.to(accelerator.device, non_blocking=True)
-        correct = (model(normalise(images)).argmax(1) == labels).sum()
-        counts += torch.stack((correct, correct * 0 + len(labels)))
-    correct, seen = accelerator.reduce(counts).tolist()
-    return correct / seen
+        correct += (model(normalise(images)).argmax(1) == labels).sum()
+        seen += len(labels)
+    counts = accelerator.reduce(torch.stack((correct, torch.full_like(correct, seen))))
+    right, total = counts.tolist()
+    return right / total
