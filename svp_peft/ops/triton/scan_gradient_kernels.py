@@ -187,7 +187,8 @@ def backward_kernel(
         )
     b_D = channel_vector(D, col, HAS_D)
     b_bias = channel_vector(bias, col, HAS_BIAS)
-    if NEED_G or NEED_C or NEED_A:
+    # Triton before 3.3 knows no chain of three
+    if NEED_G or (NEED_C or NEED_A):
         h = tl.zeros((BD, N), tl.float32)
         for s in range(0, L, 4):
             if NEED_A:
