@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,135 +49,133 @@ def scan_backward(
         dx_dbl_out: per direction, (batch, L, dt_rank + 2 d_state): ddt, dB and dC are written to
             its slices and returned as views of it. Needs `dt_weight`.
     """
-    dtype, directions = u[0].dtype, len(reverse)
-    batch, length, channels = u[0].shape
     need = need._replace(
         z=need.z and z is not None,
         D=need.D and D is not None,
         dt_bias=need.dt_bias and dt_bias is not None,
         dt_weight=need.dt_weight and dt_weight is not None,
     )
-    parameters = (A_log, D, dt_weight, dt_bias)
-    flags = {"reverse": reverse, "softplus": softplus, "scale": scale, "A_is_log": A_is_log}
+    inputs = (u, dt, B, C, z, A_log, D, dt_weight, dt_bias)
+    flags: dict[str, Any] = {
+        "reverse": reverse,
+        "softplus": softplus,
+        "scale": scale,
+        "A_is_log": A_is_log,
+    }
     if need.z and y is None:
-        _, y = scan(u, dt, B, C, z, *parameters, save_y=True, **flags)  # type: ignore[arg-type]
+        _, y = scan(*inputs, save_y=True, **flags)
     grad_out = grad_out.contiguous()
     y = None if y is None or not need.z else y.contiguous()
-    fast = _is_fast(u[0], A_log[0].shape[1])
-    extra = [(grad_out.data_ptr(), channels)] + ([] if y is None else [(y.data_ptr(), channels)])
+    extra = [(x.data_ptr(), x.shape[2]) for x in (grad_out, y) if x is not None]
     if dz_out is not None:
         extra.append((dz_out.data_ptr(), rows(dz_out)[1]))
-    given = gather(
-        u,
-        dt,
-        B,
-        C,
-        z,
-        *parameters,
-        fold=fast,
-        extra=extra,
-        **flags,  # type: ignore[arg-type]
-    )
-    if dict(given.macros)["COPY_TILE"] != 16 and fast:
+    fast = _is_fast(u[0], A_log[0].shape[1])
+    given = gather(*inputs, fold=fast, extra=extra, **flags)
+    if fast and dict(given.macros)["COPY_TILE"] != 16:
         fast = False
-        given = gather(
-            u,
-            dt,
-            B,
-            C,
-            z,
-            *parameters,
-            fold=False,
-            extra=extra,
-            **flags,  # type: ignore[arg-type]
-        )
+        given = gather(*inputs, fold=False, extra=extra, **flags)
 
-    def per_direction(wanted: bool, width: int) -> tuple[Tensor, ...] | None:
-        if not wanted:
-            return None
-        return tuple(u[0].new_empty(batch, length, width) for _ in range(directions))
-
-    du = per_direction(need.u, channels)
-    ddelta = per_direction(need.dt or need.dt_weight, channels)
-    dz, dz_row = None, 0
-    if need.z:
-        dz = dz_out if dz_out is not None else u[0].new_empty(batch, length, channels)
-        written, dz_row = rows(dz)
-        if written.data_ptr() != dz.data_ptr():
-            raise ValueError(
-                f"dz_out with strides {tuple(dz.stride())} cannot be written: its rows must be "
-                f"equally spaced and its last dimension contiguous."
-            )
-    workers = _fast_warps(channels) if fast else 1
-    parts = -(-channels // (32 * workers))
-    empty = functools.partial(torch.empty, device=u[0].device, dtype=torch.float32)
-    d_state = given.d_state
-    partial = (parts, directions, batch, length, d_state)
-    parts_B = empty(partial) if need.B else None
-    parts_C = empty(partial) if need.C else None
-    dA = empty(batch, directions, channels, d_state) if need.A else None
-    dD = empty(batch, directions, channels) if need.D else None
-    dbias = empty(batch, directions, channels) if need.dt_bias else None
-    tiles = -(-length // _TILE)
-    if fast:
-        workspace = [empty(directions, batch, tiles * _TILE, channels, 2)]
-        states = None
-        if need.A or need.dt_bias:
-            states = empty(directions, batch, tiles, d_state + 1, channels)
-        workspace_at: tuple[int, ...] = (workspace[0].data_ptr(), _address(states))
-        workspace += [] if states is None else [states]
-    else:
-        workspace = [empty(directions, batch, tiles, d_state, -(-channels // 32) * 32)]
-        workspace_at = (workspace[0].data_ptr(),)
+    buffers = _Buffers(given, need, fast, u[0], dz_out)
     if u[0].numel():
-        _launch(
-            given, need, fast, workers, (parts * directions * batch, 1, 1),
-            (grad_out.data_ptr(), _address(y)),
-            (*pointers(du), *pointers(ddelta), _address(dz)),
-            (_address(parts_B), _address(parts_C), *workspace_at),
-            (_address(dA), _address(dD), _address(dbias), dz_row),
-        )  # fmt: skip
-    del workspace
-
-    sections = [None] * directions if dx_dbl_out is None else list(dx_dbl_out)
+        _launch(given, need, fast, grad_out, y, buffers)
     rank = 0 if dt_weight is None else dt_weight[0].shape[1]
 
     def section(wanted: bool, begin: int, width: int) -> tuple[Tensor, ...] | None:
+        """Where a gradient of dt, B or C goes: a slice of dx_dbl_out, or a tensor of its own."""
         if not wanted:
             return None
         if dx_dbl_out is None:
-            return per_direction(True, width)
-        return tuple(to[..., begin : begin + width] for to in sections if to is not None)
+            return buffers.per_direction(width)
+        return tuple(to[..., begin : begin + width] for to in dx_dbl_out)
 
-    dB, dC = section(need.B, rank, d_state), section(need.C, rank + d_state, d_state)
-    _reduce(given, parts_B, parts_C, dB, dC)
-    ddt, ddt_weight = ddelta, None
-    if dt_weight is not None and ddelta is not None:
-        flat = [d.view(-1, channels) for d in ddelta]
-        ddt = section(need.dt, 0, rank)
-        if ddt is not None:
-            for k, to in enumerate(ddt):
-                weight = cast(dt_weight[k], dtype)
-                if to.is_contiguous() or batch == 1 or to.stride(0) == length * to.stride(1):
-                    target = to.as_strided((batch * length, rank), (rows(to)[1], 1))
-                    torch.mm(flat[k], weight, out=target)
-                else:
-                    to.copy_((flat[k] @ weight).view_as(to))
+    dB, dC = (
+        section(need.B, rank, given.d_state),
+        section(need.C, rank + given.d_state, given.d_state),
+    )
+    _reduce(given, buffers.parts_B, buffers.parts_C, dB, dC)
+    ddt, ddt_weight = buffers.ddelta, None
+    if dt_weight is not None and ddt is not None:
+        low = section(need.dt, 0, rank)
+        for k, gradient in enumerate(ddt):
+            if low is not None:
+                _product_into(low[k], gradient, cast(dt_weight[k], u[0].dtype))
         if need.dt_weight:
             ddt_weight = tuple(
-                torch.mm(flat[k].t(), dt[k].reshape(-1, rank)).float() for k in range(directions)
+                torch.mm(g.flatten(0, 1).t(), d.reshape(-1, rank)).float()
+                for g, d in zip(ddt, dt, strict=True)
             )
+        ddt = low
     return ScanGrads(
-        du=du,
+        du=buffers.du,
         ddt=ddt if need.dt else None,
         dB=dB,
         dC=dC,
-        dz=dz,
-        dA=_over_images(dA),
-        dD=_over_images(dD),
+        dz=buffers.dz,
+        dA=_over_images(buffers.dA),
+        dD=_over_images(buffers.dD),
         ddt_weight=ddt_weight,
-        ddt_bias=_over_images(dbias),
+        ddt_bias=_over_images(buffers.dbias),
     )
+
+
+class _Buffers:
+    """What the kernels write: gradients, partial sums, and the workspace of the two sweeps."""
+
+    def __init__(
+        self, given: Inputs, need: ScanNeeds, fast: bool, like: Tensor, dz_out: Tensor | None
+    ) -> None:
+        batch, length, channels = given.batch, given.length, given.channels
+        self._given, self._like = given, like
+        self.du = self.per_direction(channels) if need.u else None
+        self.ddelta = self.per_direction(channels) if need.dt or need.dt_weight else None
+        self.dz, self.dz_row = None, 0
+        if need.z:
+            self.dz = dz_out if dz_out is not None else like.new_empty(batch, length, channels)
+            written, self.dz_row = rows(self.dz)
+            if written.data_ptr() != self.dz.data_ptr():
+                raise ValueError(
+                    f"dz_out with strides {tuple(self.dz.stride())} cannot be written: its rows "
+                    f"must be equally spaced and its last dimension contiguous."
+                )
+        self.workers = _fast_warps(channels) if fast else 1
+        self.parts = -(-channels // (32 * self.workers))
+        directions, d_state = given.directions, given.d_state
+
+        def floats(wanted: bool, *shape: int) -> Tensor | None:
+            if not wanted:
+                return None
+            return torch.empty(shape, device=like.device, dtype=torch.float32)
+
+        partial = (self.parts, directions, batch, length, d_state)
+        self.parts_B, self.parts_C = floats(need.B, *partial), floats(need.C, *partial)
+        self.dA = floats(need.A, batch, directions, channels, d_state)
+        self.dD = floats(need.D, batch, directions, channels)
+        self.dbias = floats(need.dt_bias, batch, directions, channels)
+        tiles = -(-length // _TILE)
+        if fast:
+            stash = floats(True, directions, batch, tiles * _TILE, channels, 2)
+            keeps = need.A or need.dt_bias
+            states = floats(keeps, directions, batch, tiles, d_state + 1, channels)
+            self.workspace: tuple[Tensor | None, ...] = (stash, states)
+        else:
+            padded = -(-channels // 32) * 32
+            self.workspace = (floats(True, directions, batch, tiles, d_state, padded),)
+
+    def per_direction(self, width: int) -> tuple[Tensor, ...]:
+        """New tensors (batch, L, width) in the inputs' dtype."""
+        given = self._given
+        shape = (given.batch, given.length, width)
+        return tuple(self._like.new_empty(shape) for _ in range(given.directions))
+
+
+def _product_into(to: Tensor, gradient: Tensor, weight: Tensor) -> None:
+    """to = gradient @ weight for (batch, L, ...) tensors, without a copy where `to` allows it."""
+    batch, length, width = to.shape
+    if to.is_contiguous() or batch == 1 or to.stride(0) == length * to.stride(1):
+        target = to.as_strided((batch * length, width), (rows(to)[1], 1))
+        torch.mm(gradient.flatten(0, 1), weight, out=target)
+    else:
+        to.copy_(gradient @ weight)
 
 
 def _address(x: Tensor | None) -> int:
@@ -199,18 +198,19 @@ def _fast_warps(channels: int) -> int:
 
 
 def _launch(
-    given: Inputs,
-    need: ScanNeeds,
-    fast: bool,
-    workers: int,
-    grid: tuple[int, int, int],
-    *groups: tuple[float, ...],
+    given: Inputs, need: ScanNeeds, fast: bool, grad_out: Tensor, y: Tensor | None, to: _Buffers
 ) -> None:
-    values = [value for group in groups for value in group]
     needs = need._replace(dt=need.dt or need.dt_weight)
     build = _fast_kernel if fast else _exact_kernel
-    kernel = build(given.device, given.macros, needs, workers)
-    kernel(grid, *given.values, *values)
+    kernel = build(given.device, given.macros, needs, to.workers)
+    kernel(
+        (to.parts * given.directions * given.batch, 1, 1),
+        *given.values,
+        *(grad_out.data_ptr(), _address(y)),
+        *(*pointers(to.du), *pointers(to.ddelta), _address(to.dz)),
+        *(_address(to.parts_B), _address(to.parts_C), *map(_address, to.workspace)),
+        *(_address(to.dA), _address(to.dD), _address(to.dbias), to.dz_row),
+    )
 
 
 def _need_macros(need: ScanNeeds) -> dict[str, object]:
@@ -254,9 +254,8 @@ def _exact_kernel(device: int, macros: _Macros, need: ScanNeeds, workers: int) -
 @functools.cache
 def _fast_kernel(device: int, macros: _Macros, need: ScanNeeds, workers: int) -> Kernel:
     known = dict(macros) | _need_macros(need)
-    # 16 warps per multiprocessor at 128 registers; the sums for dA take 16 registers more
-    warps = 12
-    known |= {"WARPS": workers, "BLOCKS_PER_SM": warps // workers, "UNROLL": 4, "DIRECT": 1}
+    # 12 warps per multiprocessor at 168 registers; measured faster than 16 at 128, which spill
+    known |= {"WARPS": workers, "BLOCKS_PER_SM": 12 // workers, "UNROLL": 2}
     d_state, rank = int(str(known["D_STATE"])), int(str(known["RANK"]))
     tile = _TILE * 32 * 2
     padded = -(-rank // 16) * 16

@@ -279,10 +279,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS_PER_SM)
   float carried = 0.f, dD = 0.f, dbias = 0.f;  // carried: U_t / ln 2
   ACT* du = NEED_U ? args.du[direction] + origin * D_INNER + first : nullptr;
   ACT* ddt = NEED_DT ? args.ddt[direction] + origin * D_INNER + first : nullptr;
-#if DIRECT
-  int at = (back ? length - padded : padded - 1) * D_INNER + lane;
-  const int step = back ? D_INNER : -D_INNER;
-#endif
   finish_load(0);
   __syncthreads();
   for (int s = padded - 1, slot = 0; s >= 0; s -= TILE, slot ^= 1) {
@@ -334,29 +330,17 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS_PER_SM)
       carried += G - dx * product;
       float grad_dt = fmaf(LN2, carried, x * dot_B);
       if constexpr (SOFTPLUS) grad_dt *= softplus_slope<false>(d);
-#if DIRECT
-      const ACT grad_u = narrowed<ACT>(fmaf(skip, gy, d * dot_B));
-      const ACT grad_d = narrowed<ACT>(grad_dt);
-      if (i >= outside) {
-        if constexpr (NEED_U) du[at] = grad_u;
-        if constexpr (NEED_DT) ddt[at] = grad_d;
-      }
-      at += step;
-#else
       if constexpr (NEED_U) narrow(fmaf(skip, gy, d * dot_B), stage.u[k]);
       if constexpr (NEED_DT) narrow(grad_dt, stage.g[k]);
-#endif
       if constexpr (NEED_D) dD = fmaf(gy, x, dD);
       if constexpr (NEED_BIAS) dbias += i < outside ? 0.f : grad_dt;
       if constexpr (NEED_A) prefix -= d;
     }
     __syncthreads();
-#if !DIRECT
     if constexpr (NEED_U)
       store_rows<COPY_TILE, TILE, CHANNELS>(du, stage.u, D_INNER, s, -1, length, length, back, lane);
     if constexpr (NEED_DT)
       store_rows<COPY_TILE, TILE, CHANNELS>(ddt, stage.g, D_INNER, s, -1, length, length, back, lane);
-#endif
     if constexpr (NEED_B) add_up(block, sums_B, s, -1, length, back, warp, lane);
     if (s > TILE) finish_load(slot ^ 1);
     __syncthreads();
