@@ -274,7 +274,7 @@ def _directions(
     u = [x.contiguous() for x in u]
     batch, length, d_inner = u[0].shape
     d_state = A_log[0].shape[1]
-    N = power_of_two(d_state)
+    N = power_of_two(max(2, d_state))
     y = u[0].new_empty(K, batch, length, d_inner)
     few = batch * K * triton.cdiv(d_inner, 32) <= _FEW_PROGRAMS
     states, bc_row = with_equal_rows((*B, *C))

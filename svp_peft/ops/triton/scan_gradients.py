@@ -179,7 +179,8 @@ def _sweeps(
 ) -> tuple[tuple[Tensor, ...] | None, ...]:
     """Write du, ddt, dB and dC; return (dA, dD, ddt_bias). dt and ddt are per channel."""
     K, (batch, length, d_inner), d_state = len(u), u[0].shape, A_log[0].shape[1]
-    N = power_of_two(d_state)
+    # never one: the interpreter of Triton 3.0 stores single elements in spite of their mask
+    N = power_of_two(max(2, d_state))
     # by the registers that the states take
     BD = 32 if N <= (16 if need.A else 32) else 16
     parts = triton.cdiv(d_inner, BD)
@@ -237,7 +238,7 @@ def _sum_parts(shares: Tensor, targets: Sequence[Tensor], parts: int) -> None:
     written, sum_row = with_equal_rows(targets)
     sum_parts_kernel[triton.cdiv(rows, 32), K](
         shares, *pair(written, shares), rows,
-        sum_row=sum_row, d_state=d_state, K=K, parts=parts, BR=32, N=power_of_two(d_state),
+        sum_row=sum_row, d_state=d_state, K=K, parts=parts, BR=32, N=power_of_two(max(2, d_state)),
         num_warps=4,
     )  # fmt: skip
     for target, source in zip(targets, written, strict=True):
