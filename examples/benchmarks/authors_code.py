@@ -99,6 +99,7 @@ def main() -> None:
                         cannot = kind == "training" and batch == 1
                         if cannot or (everything and kind == "inference"):
                             continue
+                        model.train(kind == "training")
                         row = {
                             "path": "authors' code",
                             "model": "Vim-Small",

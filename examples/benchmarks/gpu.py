@@ -64,7 +64,6 @@ def steps(
     optimizer = torch.optim.AdamW(trainable, lr=1e-4, fused=True, capturable=True)
 
     def train() -> torch.Tensor:
-        model.train()
         optimizer.zero_grad(set_to_none=True)
         with context():
             loss = F.cross_entropy(logits_of(model(images)), labels, label_smoothing=0.1)
@@ -73,7 +72,6 @@ def steps(
         return loss.detach()  # the loss itself would keep its graph alive, and that the stream
 
     def infer() -> torch.Tensor:
-        model.eval()
         with torch.no_grad(), context():
             return logits_of(model(images))
 
@@ -173,6 +171,8 @@ def time_model(
         runs = dict(zip(("training", "inference"), steps(model, batch, size, context), strict=True))
         for kind in kinds:
             for mode in modes:
+                # not in every step: svp_peft converts frozen weights again when the mode is set
+                model.train(kind == "training")
                 run = runs[kind] if mode == "eager" else capture(runs[kind])
                 found = measure(run, batch)
                 floor = floor_ms(width, batch, (size // 16) ** 2 + 1, kind == "training")

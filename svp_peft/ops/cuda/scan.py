@@ -225,7 +225,9 @@ def _chunked(given: Inputs, save_y: bool) -> Callable[..., None] | None:
 def _chunked_kernel(
     device: int, macros: tuple[tuple[str, object], ...], save_y: bool, shared: int
 ) -> Kernel:
-    known = dict(macros) | {"SAVE_Y": save_y, "CHUNKS": _CHUNKS, "BLOCKS_PER_SM": 1}
+    known = dict(macros) | {"SAVE_Y": save_y, "CHUNKS": _CHUNKS}
+    # two blocks of 16 warps at 64 registers beat one at 98: 0.032 against 0.040 ms at batch 4
+    known["BLOCKS_PER_SM"] = 2 if known["D_STATE"] in (8, 16) else 1
     return Kernel(
         "scan_forward_chunked",
         "scan_forward_chunked",
