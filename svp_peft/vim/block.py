@@ -56,9 +56,10 @@ class DropPath(nn.Module):
 
     def draw(self, x: Tensor) -> Tensor | None:
         """Which samples of x stay, float32 (batch,) of zeros and ones; None where all do."""
-        if not self.training or not 0.0 < self.drop_prob < 1.0:
+        if not self.training or self.drop_prob == 0.0:
             return None
-        return torch.empty(x.shape[0], device=x.device).bernoulli_(1.0 - self.drop_prob)
+        mask = torch.empty(x.shape[0], device=x.device, dtype=torch.float32)
+        return mask.bernoulli_(1.0 - self.drop_prob)
 
     def extra_repr(self) -> str:
         return f"drop_prob={self.drop_prob}"
@@ -106,7 +107,9 @@ def add_norm(
     mask, scale = None, 1.0
     if fused and bare and hidden.is_cuda and _is_bare_drop(dropping):
         mask = dropping.draw(hidden)
-        scale = 1.0 if mask is None else 1.0 / (1.0 - dropping.drop_prob)
+        # where everything is dropped there is nothing to scale up
+        kept = 1.0 if mask is None else 1.0 - dropping.drop_prob
+        scale = 1.0 / kept if kept > 0.0 else 1.0
     elif dropping is not None:
         hidden = dropping(hidden)
     if fused and bare and isinstance(norm, RMSNorm | nn.LayerNorm):
