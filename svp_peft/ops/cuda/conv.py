@@ -165,7 +165,7 @@ def _kernel(
 
 
 def _grid(
-    device: int, batch: int, length: int, channels: int, pack: int, blocks: int = 8
+    device: int, batch: int, length: int, channels: int, pack: int, blocks: int
 ) -> tuple[int, tuple[int, int, int]]:
     """Tokens of a thread, and the grid: no more blocks than run at once, or the rest runs alone."""
     columns = -(-channels // (128 * pack))

@@ -50,56 +50,34 @@ def prompt_backward(
     """Gradients of `prompt` with respect to cross, inner, alpha and beta; that of x is `grad`."""
     if cross is None and inner is None:
         return None, None, None, None
-    dcross = None if cross is None else torch.empty_like(grad)
-    dinner, sums = prompt_backward_into(grad, cross, inner, alpha, beta, skip, dcross)
-    dalpha = None if cross is None else sums[0]
-    dbeta = None if inner is None else sums[1]
-    return dcross, dinner, dalpha, dbeta
-
-
-def prompt_backward_into(
-    grad: Tensor,
-    cross: Tensor | None,
-    inner: Tensor | None,
-    alpha: Tensor | None,
-    beta: Tensor | None,
-    skip: Sequence[int],
-    dcross: Tensor | None,
-) -> tuple[Tensor | None, Tensor]:
-    """`prompt_backward` with the gradient of cross written into a view of the caller.
-
-    Args:
-        dcross: (batch, L, d_model) view with equally spaced rows; None where cross is None.
-
-    Returns:
-        The gradient of inner, and float32 sums over all tokens (4, d_model): the gradients of
-        alpha and beta, and the sums of the gradients of cross and inner, which are those of the
-        biases in front of the activations.
-    """
     grad = grad.contiguous()
     batch, length, width = grad.shape
     cross, cross_row = _laid_out(cross, grad.dtype)
     inner, inner_row = _laid_out(inner, grad.dtype)
     alpha, beta = _scale(alpha), _scale(beta)
+    dcross = None if cross is None else torch.empty_like(grad)
     dinner = None if inner is None else torch.empty_like(grad)
-    dcross_row = width if dcross is None else rows(dcross)[1]
     tokens = batch * length
     if tokens == 0:
-        return dinner, torch.zeros(4, width, device=grad.device)
-    kernel, pack = _kernel_for(
-        "prompt_backward", grad, cross, cross_row, inner, inner_row, skip, dcross_row, dcross
-    )
-    # few partial sums: adding them up is a launch of its own, as long as a short kernel
-    wanted = -(-tokens // (4 * _rows_of_block(width // pack)))
-    blocks = min(wanted, 3 * multiprocessors(kernel.device))
-    partial = torch.empty((blocks, 4, width), device=grad.device, dtype=torch.float32)
-    kernel(
-        (blocks, 1, 1),
-        grad.data_ptr(), _address(cross), _address(inner), _address(alpha), _address(beta),
-        0, _address(dcross), _address(dinner), partial.data_ptr(),
-        tokens, length, cross_row, inner_row, dcross_row,
-    )  # fmt: skip
-    return dinner, partial.sum(0)
+        sums = torch.zeros(4, width, device=grad.device)
+    else:
+        kernel, pack = _kernel_for(
+            "prompt_backward", grad, cross, cross_row, inner, inner_row, skip, width, dcross
+        )
+        # few partial sums: adding them up is a launch of its own, as long as a short kernel
+        wanted = -(-tokens // (4 * _rows_of_block(width // pack)))
+        blocks = min(wanted, 3 * multiprocessors(kernel.device))
+        partial = torch.empty((blocks, 4, width), device=grad.device, dtype=torch.float32)
+        kernel(
+            (blocks, 1, 1),
+            grad.data_ptr(), _address(cross), _address(inner), _address(alpha), _address(beta),
+            0, _address(dcross), _address(dinner), partial.data_ptr(),
+            tokens, length, cross_row, inner_row, width,
+        )  # fmt: skip
+        sums = partial.sum(0)
+    dalpha = None if cross is None else sums[0]
+    dbeta = None if inner is None else sums[1]
+    return dcross, dinner, dalpha, dbeta
 
 
 def _rows_of_block(lanes: int) -> int:

@@ -244,11 +244,13 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
       dbias += grad_dt;
       dD = fmaf(gy, x, dD);
       if (active) {
-        if constexpr (NEED_U) narrow(fmaf(skip, gy, d * dot_B), args.du[direction][token * channels + channel]);
-        if constexpr (NEED_DT) narrow(grad_dt, args.ddt[direction][token * channels + channel]);
+        const i64 at = token * channels + channel;
+        if constexpr (NEED_U) narrow(fmaf(skip, gy, d * dot_B), args.du[direction][at]);
+        if constexpr (NEED_DT) narrow(grad_dt, args.ddt[direction][at]);
         if (writes_dz) {
           const float gate_in = widen(stage.z[i * CHANNELS + lane]);
-          const float g = widen(stage.g[i * CHANNELS + lane]) * in.scale * widen(stage.y[i * CHANNELS + lane]);
+          const float g =
+              widen(stage.g[i * CHANNELS + lane]) * in.scale * widen(stage.y[i * CHANNELS + lane]);
           narrow(g * silu_slope(gate_in, sigmoid(gate_in)), args.dz[token * args.dz_row + channel]);
         }
       }

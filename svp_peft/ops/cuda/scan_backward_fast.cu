@@ -32,7 +32,8 @@ struct Args {
   ACT *du[2], *ddt[2], *dz;
   float *dB, *dC;          // [part][direction][image][token][state]
   float2* stash;           // [direction][image][step, padded to whole tiles][channel]: G, dt
-  float* states;           // for dA and dt_bias: [direction][image][tile][D_STATE + 1][channel]: h before it, T
+  float* states;           // [direction][image][tile][D_STATE + 1][channel]: h before the tile, T;
+                           // for dA and dt_bias
   float *dA, *dD, *dbias;  // [image][direction][channel]([state])
   int dz_row;
 };
@@ -174,8 +175,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS_PER_SM)
       ACT* rows = takes_B ? block.staged_B[slot] : block.staged_C[slot];
       if (takes_B || takes_C) walk_BC.load(rows, s, step, low, high, length, lane);
     } else {
-      load_rows<COPY_ROWS, TILE, D_STATE, D_STATE>(block.staged_B[slot], B, in.b_row, s, step, length, back, lane);
-      load_rows<COPY_ROWS, TILE, D_STATE, D_STATE>(block.staged_C[slot], C, in.c_row, s, step, length, back, lane);
+      load_rows<COPY_ROWS, TILE, D_STATE, D_STATE>(block.staged_B[slot], B, in.b_row, s, step,
+                                                   length, back, lane);
+      load_rows<COPY_ROWS, TILE, D_STATE, D_STATE>(block.staged_C[slot], C, in.c_row, s, step,
+                                                   length, back, lane);
     }
     if (first_sweep) {
 #if RANK > 0

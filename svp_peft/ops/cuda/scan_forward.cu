@@ -174,9 +174,11 @@ struct Walk {
         narrow(y, stage.partner[k]);
       }
       __syncwarp();
-      store_rows<COPY_TILE, TILE, CHANNELS>(out, stage.partner, channels, s, 1, end, length, back, lane, valid);
+      store_rows<COPY_TILE, TILE, CHANNELS>(out, stage.partner, channels, s, 1, end, length, back,
+                                            lane, valid);
       if constexpr (MEET && SAVE_Y)
-        store_rows<COPY_TILE, TILE, CHANNELS>(y_out, stage.z, channels, s, 1, end, length, back, lane, valid);
+        store_rows<COPY_TILE, TILE, CHANNELS>(y_out, stage.z, channels, s, 1, end, length, back,
+                                              lane, valid);
       __syncwarp();
     }
   }
