@@ -191,8 +191,14 @@ def report_memory(width: int, depth: int) -> None:
     step = training_step(prompted(vim(width, depth)), images(BATCH))
     step()
     step()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(peak / (2**30 if sys.platform == "darwin" else 2**20))
+    try:
+        # Linux hands a parent's ru_maxrss on to its children, but not this
+        status = Path("/proc/self/status").read_text()
+        peak = int(next(x for x in status.splitlines() if x.startswith("VmHWM")).split()[1]) << 10
+    except (OSError, StopIteration):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peak <<= 0 if sys.platform == "darwin" else 10
+    print(peak / 2**30)
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:

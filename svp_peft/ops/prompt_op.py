@@ -152,7 +152,7 @@ def _pre_activations(
 
 
 class _Prompt(torch.autograd.Function):
-    """The prompt on a GPU: products by PyTorch, the rest in one kernel each way."""
+    """The prompt on a fast backend: products by PyTorch, the rest in one kernel each way."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *arguments: Any) -> Tensor:
@@ -165,7 +165,9 @@ class _Prompt(torch.autograd.Function):
             out = kernels(backend).prompt(
                 contiguous, cross.view(x.shape), inner.view(x.shape), alpha, beta, skip
             )
-        keep = (cross, middle, inner) if x.numel() <= _KEEP_PRE_ACTIVATIONS else ()
+        # memory is plentiful beside a CPU, products are not
+        kept = x.device.type == "cpu" or x.numel() <= _KEEP_PRE_ACTIVATIONS
+        keep = (cross, middle, inner) if kept else ()
         ctx.save_for_backward(contiguous, *tensors, *keep)
         ctx.settings = (skip, dtype, backend)
         return out

@@ -31,10 +31,8 @@ from svp_peft.ops.cpu import loader
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 
-pytestmark = pytest.mark.skipif(
-    cpu.unavailable(CPU) is not None or not hasattr(os, "fork"),
-    reason="needs a C++ compiler and fork",
-)
+_missing = cpu.unavailable(CPU) is not None or not hasattr(os, "fork")
+pytestmark = pytest.mark.skipif(_missing, reason="needs a C++ compiler and fork")
 
 
 def first_use() -> dict:
@@ -363,7 +361,7 @@ def test_a_torch_without_headers_is_named(monkeypatch: pytest.MonkeyPatch, tmp_p
     ("setup", "words"),
     [
         (lambda patch: patch.setattr(sys, "platform", "win32"), "Linux and macOS only"),
-        (lambda patch: patch.setattr(sys, "executable", "/no/such/python"), "did not run"),
+        (lambda patch: patch.setattr(sys, "executable", "/no/python"), "did not run"),
         (lambda patch: patch.setattr(loader, "_PATIENCE", 1e-3), "did not run"),
     ],
     ids=["windows", "no interpreter", "no end"],
