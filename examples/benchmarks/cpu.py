@@ -350,6 +350,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
         right.loglog(result["tokens"], values, "o-", label=kind)
         first, last = result["tokens"][0], result["tokens"][-1]
         right.loglog([first, last], [values[0], values[0] * last / first], ":", color="grey")
+    right.minorticks_off()
+    right.set_xticks(result["tokens"], [f"{count:,}" for count in result["tokens"]])
     right.set_xlabel("tokens (dotted: linear)")
     right.set_ylabel("ms, batch 1")
     right.set_title("cost of more tokens")
