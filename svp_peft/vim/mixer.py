@@ -272,8 +272,8 @@ class VimMixer(nn.Module):
 
     def train(self, mode: bool = True) -> VimMixer:
         # older code writes to weights through `.data`, which no version tells; between that and
-        # the next use there is nearly always an eval() or a train()
-        if self._cache.prepared is not None:
+        # the next use there is nearly always a change of mode
+        if mode != self.training and self._cache.prepared is not None:
             self._cache.prepared.doubt()
         return super().train(mode)  # type: ignore[return-value]
 
