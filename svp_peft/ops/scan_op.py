@@ -133,7 +133,19 @@ def conv_silu(
     return tuple(_conv_silu(x, list(weight), list(bias or ()), list(reverse), name))
 
 
-@torch.library.custom_op("svp_peft::scan", mutates_args=())
+# schemas are written out: torch 2.4 cannot read `list[Tensor]` and `Tensor | None` off a signature
+_SCAN_INPUTS = "Tensor[] u, Tensor[] dt, Tensor[] B, Tensor[] C, Tensor? z"
+_SCAN_PARAMETERS = (
+    "Tensor[] A_log, Tensor[] D, Tensor[] dt_weight, Tensor[] dt_bias, "
+    "bool[] reverse, bool softplus, float scale, bool A_is_log, str backend"
+)
+
+
+@torch.library.custom_op(
+    "svp_peft::scan",
+    mutates_args=(),
+    schema=f"({_SCAN_INPUTS}, {_SCAN_PARAMETERS}) -> (Tensor, Tensor)",
+)
 def _scan(
     u: list[Tensor],
     dt: list[Tensor],
@@ -194,7 +206,11 @@ def _scan_backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Any, ...]:
     return (*gradients, None, None, None, None, None)
 
 
-@torch.library.custom_op("svp_peft::scan_backward", mutates_args=())
+@torch.library.custom_op(
+    "svp_peft::scan_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad, {_SCAN_INPUTS}, Tensor y, {_SCAN_PARAMETERS}, bool[] needs) -> Tensor[]",
+)
 def _scan_backward_op(
     grad: Tensor,
     u: list[Tensor],
@@ -242,7 +258,11 @@ def _(grad: Tensor, *arguments: Any) -> list[Tensor]:
 _scan.register_autograd(_scan_backward, setup_context=_scan_setup)
 
 
-@torch.library.custom_op("svp_peft::conv_silu", mutates_args=())
+@torch.library.custom_op(
+    "svp_peft::conv_silu",
+    mutates_args=(),
+    schema="(Tensor x, Tensor[] weight, Tensor[] bias, bool[] reverse, str backend) -> Tensor[]",
+)
 def _conv_silu(
     x: Tensor, weight: list[Tensor], bias: list[Tensor], reverse: list[bool], backend: str
 ) -> list[Tensor]:
@@ -273,7 +293,12 @@ def _conv_backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     return dx[0], d_weight, d_bias, None, None
 
 
-@torch.library.custom_op("svp_peft::conv_silu_backward", mutates_args=())
+@torch.library.custom_op(
+    "svp_peft::conv_silu_backward",
+    mutates_args=(),
+    schema="(Tensor[] grads, Tensor x, Tensor[] weight, Tensor[] bias, bool[] reverse, "
+    "str backend, bool[] needs) -> Tensor[]",
+)
 def _conv_backward_op(
     grads: list[Tensor],
     x: Tensor,
