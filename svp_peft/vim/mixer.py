@@ -379,7 +379,13 @@ def is_bare(module: nn.Module, expected: type[nn.Module]) -> bool:
 
 def _every_module_is_hooked() -> bool:
     """Whether a hook on all modules of the process, as some profilers set, expects to see ours."""
-    return bool(nn.modules.module._has_any_global_hook())
+    hooks = nn.modules.module
+    return bool(
+        hooks._global_forward_hooks
+        or hooks._global_forward_pre_hooks
+        or hooks._global_backward_hooks
+        or hooks._global_backward_pre_hooks
+    )
 
 
 def _biases(convs: tuple[nn.Conv1d, ...]) -> tuple[Tensor, ...] | None:
