@@ -112,7 +112,7 @@ def add_norm(
         scale = 1.0 / kept if kept > 0.0 else 1.0
     elif dropping is not None:
         hidden = dropping(hidden)
-    if fused and bare and isinstance(norm, RMSNorm | nn.LayerNorm):
+    if fused and bare and isinstance(norm, (RMSNorm, nn.LayerNorm)):
         residual_dtype = hidden.dtype if residual is None else residual.dtype
         if residual is None and residual_in_fp32:
             residual_dtype = torch.promote_types(hidden.dtype, torch.float32)

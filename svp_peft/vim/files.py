@@ -167,7 +167,7 @@ def _namespace_allowed() -> Iterator[None]:
             yield
         return
     # torch 2.4 has the list, but no context manager for it
-    before = serialization.get_safe_globals()
+    before = list(serialization.get_safe_globals())
     serialization.add_safe_globals([argparse.Namespace])
     try:
         yield
