@@ -19,7 +19,7 @@ _ADAPTER_NAME = re.compile(r"[A-Za-z0-9_-]+")
 _MODULE_PATH = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class SVPConfig:
     """Hyper-parameters of one SVP adapter. Immutable; checks itself; refuses unknown keys.
 

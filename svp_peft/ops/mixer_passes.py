@@ -8,6 +8,8 @@ there is recomputed:
     keep = 2   x_dbl, y, xz, u              also spares in_proj and the convolutions
 """
 
+from __future__ import annotations
+
 from typing import Any
 
 import torch
