@@ -1,9 +1,9 @@
 """Adapt Vision Mamba models to new tasks by Selective Visual Prompting, without touching them.
 
-    model = svp_peft.load_vim("hustvl/Vim-small-midclstok", num_classes=100)
-    svp_peft.apply_svp(model, svp_peft.SVPConfig())
-    ...                                     # your own training loop
-    svp_peft.save_adapter(model, "runs/cub")
+model = svp_peft.load_vim("hustvl/Vim-small-midclstok", num_classes=100)
+svp_peft.apply_svp(model, svp_peft.SVPConfig())
+...                                     # your own training loop
+svp_peft.save_adapter(model, "runs/cub")
 """
 
 from svp_peft.adapter_file import hotswap_adapter, load_adapter, save_adapter
