@@ -126,10 +126,13 @@ def test_released_numbers_in_double_precision(name, tmp_path):
         assert case.error(key, tensor) <= (1e-6 if key in case.meta.get("zero", ()) else limit), key
 
 
-def test_released_numbers_of_the_full_size_recipe(tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_released_numbers_of_the_full_size_recipe(dtype, tmp_path):
     case = load_case("svp_small_full_sl8")
-    got = run(case, tmp_path, torch.float32)
-    case.compare({"out.logits": got.pop("out.logits")})
+    got = run(case, tmp_path, dtype)
+    logits = got.pop("out.logits")
+    case.compare({"out.logits": logits})
+    assert dtype == torch.float32 or case.error("out.logits", logits) <= 1e-10
     gradients = {key.removeprefix("grad."): tensor for key, tensor in got.items()}
     assert gradients.keys() == set(case.meta["grad_names"])
     case.compare_full(gradients)
