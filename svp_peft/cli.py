@@ -6,6 +6,7 @@ printed; 2 wrong usage; 3 the Hub cannot be reached, so trying again later may h
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -31,6 +32,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         code: int = options.run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # the reader (`| head`) has what it wanted; nothing more can be written, at exit neither
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except SVPError as error:
         code = UNREACHABLE if isinstance(error, HubUnreachable) else PROBLEM
         _fail(options, error)

@@ -156,6 +156,16 @@ def test_program_is_installed_under_its_name():
     assert done.stdout.startswith("svp_peft ")
 
 
+def test_a_reader_that_stops_early_is_no_error(folder):
+    code = f"from svp_peft.cli import main; raise SystemExit(main(['inspect', {str(folder)!r}]))"
+    program = [sys.executable, "-u", "-c", code]
+    process = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    _, errors = process.communicate(timeout=120)
+    assert errors == ""
+    assert process.returncode == 0
+
+
 # doctor
 
 

@@ -45,11 +45,13 @@ def add_norm(
     """
     if residual_dtype is None:
         residual_dtype = hidden.dtype if residual is None else residual.dtype
-    name = choose(backend, hidden.device, hidden.dtype)
+    # the C++ kernels are float32: halves on a CPU take plain PyTorch, as in `mixer`
+    half_on_cpu = hidden.device.type == "cpu" and hidden.dtype.itemsize == 2
+    name = choose(backend, hidden.device, torch.float32 if half_on_cpu else hidden.dtype)
     if drop_mask is not None and (name != "cuda" or torch.compiler.is_compiling()):
         keep = (drop_mask * drop_scale).to(hidden.dtype)
         hidden, drop_mask = hidden * keep.view(-1, *[1] * (hidden.dim() - 1)), None
-    if not provides(name, "add_norm_backward"):
+    if half_on_cpu or not provides(name, "add_norm_backward"):
         with torch.autocast(hidden.device.type, enabled=False):
             return reference.add_norm(
                 hidden, residual, weight, bias, eps=eps, rms=rms, residual_dtype=residual_dtype

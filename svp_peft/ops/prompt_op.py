@@ -62,9 +62,13 @@ def svp_prompt(
     # the kernels see x and the products: both must be of a dtype that the backend knows
     product = x.dtype if cross_weight is None else _product_dtype(x, cross_weight)
     halves = [dtype for dtype in (x.dtype, product) if dtype.itemsize < 4]
-    name = choose(backend, x.device, halves[0] if halves else product)
+    # the C++ kernels are float32: halves on a CPU take plain PyTorch, as in `mixer`
+    half_on_cpu = bool(halves) and x.device.type == "cpu"
+    kernel_dtype = torch.float32 if half_on_cpu else halves[0] if halves else product
+    name = choose(backend, x.device, kernel_dtype)
     dropping = training and dropout > 0
     fused = provides(name, "prompt_backward") and not torch.compiler.is_compiling()
+    fused = fused and not half_on_cpu
     if fused and not dropping and cross_weight is not None and down_weight is not None:
         if name == "cuda" and x.numel() and all(_is_plain(t) for t in tensors):
             keep = x.numel() <= _KEEP_PRE_ACTIVATIONS

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from svp_peft import SVPConfig, VisionMamba, apply_svp
 from svp_peft.errors import BackendError
 from svp_peft.ops import backends, cpu, reference
 from tests.ops.cpu_cases import ALL, arguments, backward, options, relative, scan_inputs, single
@@ -190,3 +191,28 @@ def test_other_instruction_sets_give_the_same_numbers(capability: str) -> None:
     )
     assert done.returncode == 0, done.stdout[-3000:]
     assert "passed" in done.stdout
+
+
+def test_a_named_backend_serves_a_patched_model_under_autocast():
+    model = VisionMamba(
+        img_size=32, patch_size=8, stride=8, embed_dim=32, depth=2, num_classes=5,
+        rms_norm=True, fused_add_norm=True, residual_in_fp32=True,
+    )  # fmt: skip
+    apply_svp(model, SVPConfig(inner_bottleneck=4))
+    torch.nn.init.normal_(model.svp.alpha)
+    torch.nn.init.normal_(model.svp.beta)
+    images = torch.randn(2, 3, 32, 32)
+    results = []
+    try:
+        for name in ("cpu", "auto"):
+            backends.set_backend(name)
+            model.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                logits = model(images)
+            logits.float().sum().backward()
+            results.append((logits, model.svp.alpha.grad.clone()))
+    finally:
+        backends.set_backend("auto")
+    (named, named_grad), (automatic, automatic_grad) = results
+    assert torch.equal(named, automatic)
+    assert torch.equal(named_grad, automatic_grad)
