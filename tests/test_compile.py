@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 from torch.utils.checkpoint import checkpoint
 
 import svp_peft as sp
@@ -116,14 +116,14 @@ def test_the_mixer_is_a_well_formed_op(convs: int, scans: int, frozen: bool, kee
     weights = mixer_weights(convs, scans, bias=not frozen, frozen=frozen)
     hidden = torch.randn(2, 5, 4, requires_grad=True)
     arguments = (hidden, *pack(weights), 0.5, torch.float32, "cpu", keep)
-    torch.library.opcheck(mixer_op._mixer_op, arguments)
+    library.opcheck(mixer_op._mixer_op, arguments)
 
 
 @needs_cpu_kernels
 def test_the_mixer_of_inference_is_a_well_formed_op() -> None:
     weights = mixer_weights(2, 2, bias=True, frozen=True)
     arguments = (torch.randn(2, 5, 4), *pack(weights), 0.5, torch.float32, "cpu", 0)
-    torch.library.opcheck(mixer_op._mixer_op, arguments)
+    library.opcheck(mixer_op._mixer_op, arguments)
 
 
 @needs_cpu_kernels
@@ -137,7 +137,7 @@ def test_the_scan_is_a_well_formed_op(options: dict) -> None:
     groups = [leaves(value) for value in case.arguments]
     groups[4] = groups[4][0] if groups[4] else None
     settings = case.options
-    torch.library.opcheck(
+    library.opcheck(
         scan_op._scan,
         (
             *groups, list(settings["reverse"]), settings["softplus"], settings["scale"],
@@ -152,7 +152,7 @@ def test_the_convolution_is_a_well_formed_op(has_bias: bool) -> None:
     x = torch.randn(2, 5, 6, requires_grad=True)
     weight = leaves((torch.randn(6, 4), torch.randn(6, 4)))
     bias = leaves((torch.randn(6), torch.randn(6))) if has_bias else []
-    torch.library.opcheck(scan_op._conv_silu, (x, weight, bias, [False, True], "cpu"))
+    library.opcheck(scan_op._conv_silu, (x, weight, bias, [False, True], "cpu"))
 
 
 @needs_cpu_kernels
@@ -161,7 +161,7 @@ def test_the_convolution_is_a_well_formed_op(has_bias: bool) -> None:
 def test_the_norm_is_a_well_formed_op(has_residual: bool, rms: bool) -> None:
     hidden, residual = leaves((torch.randn(2, 5, 4), torch.randn(2, 5, 4)))
     weight, bias = leaves((torch.randn(4), torch.randn(4)))
-    torch.library.opcheck(
+    library.opcheck(
         norm_op._add_norm_op,
         (
             hidden, residual if has_residual else None, weight, None if rms else bias,
@@ -173,7 +173,7 @@ def test_the_norm_is_a_well_formed_op(has_residual: bool, rms: bool) -> None:
 def test_the_recurrence_of_the_reference_is_a_well_formed_op() -> None:
     u, delta = torch.randn(2, 2, 5, 6), torch.rand(2, 2, 5, 6)
     A, B, C = -torch.rand(2, 6, 4), torch.randn(2, 2, 5, 4), torch.randn(2, 2, 5, 4)
-    torch.library.opcheck(recurrence._recurrence, tuple(leaves((u, delta, A, B, C))))
+    library.opcheck(recurrence._recurrence, tuple(leaves((u, delta, A, B, C))))
 
 
 # torch.compile

@@ -13,7 +13,7 @@ are the op `svp_peft::mixer`, which the compiler sees as one node.
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from svp_peft.ops.backends import choose, kernels
 from svp_peft.ops.casting import compute_dtype
@@ -136,13 +136,13 @@ _TENSORS = (
     "float scale, ScalarType dtype, str backend, int keep"
 )
 _AFTER_GRAD = _TENSORS.replace(", ", ", bool[] needs, Tensor[] saved, ", 1)
-_mixer_op = torch.library.custom_op(
+_mixer_op = library.custom_op(
     "svp_peft::mixer",
     forward_pass,
     mutates_args=(),
     schema=f"({_TENSORS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-_mixer_backward_op = torch.library.custom_op(
+_mixer_backward_op = library.custom_op(
     "svp_peft::mixer_backward",
     backward_pass,
     mutates_args=(),

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from svp_peft.ops import reference
 from svp_peft.ops.backends import choose, kernels, provides
@@ -164,14 +164,14 @@ def _gradients(
     return (*gradients, None, None, None, None)
 
 
-_add_norm_op = torch.library.custom_op(
+_add_norm_op = library.custom_op(
     "svp_peft::add_norm",
     _forward_op,
     mutates_args=(),
     schema="(Tensor hidden, Tensor? residual, Tensor weight, Tensor? bias, float eps, bool rms, "
     "ScalarType residual_dtype, str backend) -> (Tensor, Tensor)",
 )
-_backward_op = torch.library.custom_op(
+_backward_op = library.custom_op(
     "svp_peft::add_norm_backward",
     _backward_apart,
     mutates_args=(),

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from svp_peft.errors import InputError
 from svp_peft.ops.backends import choose, kernels
@@ -141,7 +141,7 @@ _SCAN_PARAMETERS = (
 )
 
 
-@torch.library.custom_op(
+@library.custom_op(
     "svp_peft::scan",
     mutates_args=(),
     schema=f"({_SCAN_INPUTS}, {_SCAN_PARAMETERS}) -> (Tensor, Tensor)",
@@ -206,7 +206,7 @@ def _scan_backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Any, ...]:
     return (*gradients, None, None, None, None, None)
 
 
-@torch.library.custom_op(
+@library.custom_op(
     "svp_peft::scan_backward",
     mutates_args=(),
     schema=f"(Tensor grad, {_SCAN_INPUTS}, Tensor y, {_SCAN_PARAMETERS}, bool[] needs) -> Tensor[]",
@@ -258,7 +258,7 @@ def _(grad: Tensor, *arguments: Any) -> list[Tensor]:
 _scan.register_autograd(_scan_backward, setup_context=_scan_setup)
 
 
-@torch.library.custom_op(
+@library.custom_op(
     "svp_peft::conv_silu",
     mutates_args=(),
     schema="(Tensor x, Tensor[] weight, Tensor[] bias, bool[] reverse, str backend) -> Tensor[]",
@@ -293,7 +293,7 @@ def _conv_backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     return dx[0], d_weight, d_bias, None, None
 
 
-@torch.library.custom_op(
+@library.custom_op(
     "svp_peft::conv_silu_backward",
     mutates_args=(),
     schema="(Tensor[] grads, Tensor x, Tensor[] weight, Tensor[] bias, bool[] reverse, "

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
+from svp_peft.errors import InputError
 from svp_peft.ops import cuda, mixer_passes
 from svp_peft.ops.cuda import kernels
 from svp_peft.ops.cuda.nvrtc import Nvrtc, find_nvrtc
@@ -218,6 +219,19 @@ def test_a_frozen_mixer_launches_what_the_general_way_launches(
     mixer.backward(out, x, tuple(kept))
     assert _Recorder.launches == general
     assert len(general) == (5 if keep == 2 else 6)
+
+
+def test_two_scans_of_one_direction_are_refused_in_our_words(
+    recorded: list[tuple[Any, ...]],
+) -> None:
+    case = scan_case(channels=32, dtype=torch.bfloat16)
+    options = case.options | {"reverse": (False, False)}
+    with pytest.raises(InputError, match="opposite"):
+        cuda.scan(*case.arguments, **options, save_y=False)
+    taps = (torch.randn(32, 4),) * 2
+    with pytest.raises(InputError, match="opposite"):
+        cuda.conv_silu(torch.randn(2, 7, 32), taps, None, (True, True))
+    assert not recorded
 
 
 def test_every_source_is_compiled_by_these_tests() -> None:

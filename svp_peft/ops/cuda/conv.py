@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from svp_peft.errors import InputError
 from svp_peft.ops.cuda.kernels import CPP_TYPE, Kernel, multiprocessors
 from svp_peft.ops.cuda.layout import (
     cpp_type,
@@ -144,7 +145,7 @@ def _kernel(
     needs: tuple[bool, bool, bool],
 ) -> Kernel:
     if len(reverse) == 2 and reverse[0] == reverse[1]:
-        raise NotImplementedError(
+        raise InputError(
             f"reverse={reverse}: the CUDA convolution joins two directions only when they are "
             f"opposite. Call it once per direction."
         )

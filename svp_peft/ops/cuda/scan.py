@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from svp_peft.errors import InputError
 from svp_peft.ops.casting import cast
 from svp_peft.ops.cuda.kernels import (
     CPP_TYPE,
@@ -81,7 +82,7 @@ def gather(
     batch, length, channels = u[0].shape
     d_state, directions = A_log[0].shape[1], len(reverse)
     if directions == 2 and reverse[0] == reverse[1]:
-        raise NotImplementedError(
+        raise InputError(
             f"reverse={tuple(reverse)}: the CUDA scan joins two directions only when they are "
             f"opposite. Call it once per direction and add the results."
         )

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, library
 
 
 def scan(
@@ -105,7 +105,7 @@ def scan(
 # backward recomputes the states. Autograd over the plain loop keeps L states of (K, batch, d_inner,
 # d_state): 14 GiB for one training step of Vim-Small at batch 8. Here about sqrt(L) of them are
 # kept, and the states between two of them are computed again when the backward pass gets there.
-@torch.library.custom_op("svp_peft::recurrence", mutates_args=())
+@library.custom_op("svp_peft::recurrence", mutates_args=())
 def _recurrence(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
     """y_t = C_t . h_t, and the state before every `_chunk(L)`-th step.
 
@@ -124,7 +124,7 @@ def _recurrence(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tu
     return y, starts
 
 
-@torch.library.custom_op("svp_peft::recurrence_backward", mutates_args=())
+@library.custom_op("svp_peft::recurrence_backward", mutates_args=())
 def _recurrence_backward(
     grad_y: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, starts: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
