@@ -114,7 +114,7 @@ def test_the_built_in_vim_exports_with_any_batch_size_and_survives_saving():
 
 
 FSDP_WORKER = """
-import copy, sys, torch
+import copy, os, sys, torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -155,8 +155,11 @@ with disable_adapter(model), disable_adapter(alone):
     same(model(images[0]), alone(images[0]))
 set_adapter(model, "other"); set_adapter(alone, "other")
 same(model(images[0]), alone(images[0]))
+# Leave together and past the interpreter's end, where gloo may still have a thread to join.
+dist.barrier()
 dist.destroy_process_group()
-print("agreed")
+print("agreed", flush=True)
+os._exit(0)
 """
 
 
@@ -175,3 +178,4 @@ def test_fsdp2_with_two_processes_trains_switches_and_disables(tmp_path):
     ]
     outputs = [worker.communicate(timeout=250)[0] for worker in workers]
     assert [output.strip().splitlines()[-1] for output in outputs] == ["agreed"] * 2, outputs
+    assert [worker.returncode for worker in workers] == [0, 0], outputs
