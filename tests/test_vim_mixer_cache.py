@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.utils.parametrize
 
 from svp_peft.vim.mixer import VimMixer
 
@@ -28,9 +29,10 @@ def fresh(mixer: VimMixer, tokens: torch.Tensor) -> torch.Tensor:
 
 def test_frozen_weights_are_prepared_once(mixer, tokens):
     mixer(tokens)
-    first, cache = mixer._weights()
-    assert cache is not None
-    assert mixer._weights()[0] is first
+    first = mixer._frozen.of(mixer)
+    assert first is not None
+    mixer(tokens)
+    assert mixer._frozen.of(mixer) is first
 
 
 def test_trained_weights_are_never_kept(mixer, tokens):
@@ -38,7 +40,7 @@ def test_trained_weights_are_never_kept(mixer, tokens):
     mixer.conv1d.weight.requires_grad_(True)
     mixer(tokens).sum().backward()
     assert mixer.conv1d.weight.grad is not None
-    assert mixer._weights()[1] is None
+    assert mixer._frozen.of(mixer) is None
 
 
 @pytest.mark.parametrize(
@@ -62,6 +64,40 @@ def test_changed_weights_are_noticed(mixer, tokens, change):
     torch.testing.assert_close(after, fresh(mixer, tokens), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", ["in_proj", "conv1d_b", "x_proj", "dt_proj_b", "out_proj"])
+@pytest.mark.parametrize("how", ["hook", "pre-hook", "forward", "parametrisation", "module"])
+def test_a_submodule_wrapped_after_the_first_call_is_called(mixer, tokens, name, how):
+    before = mixer(tokens)
+    part, called = getattr(mixer, name), []
+    if how == "hook":
+        part.register_forward_hook(lambda *_: called.append(name))
+    elif how == "pre-hook":
+        part.register_forward_pre_hook(lambda *_: called.append(name))
+    elif how == "forward":
+        own = part.forward
+        part.forward = lambda x: called.append(name) or own(x)
+    elif how == "parametrisation":
+        torch.nn.utils.parametrize.register_parametrization(part, "weight", Noted(called))
+    else:
+        setattr(mixer, name, torch.nn.Sequential(part, Noted(called)))
+    after = mixer(tokens)
+    assert called
+    # the composed way sums in another order
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-6)
+
+
+class Noted(torch.nn.Module):
+    """The identity, which tells that it was called."""
+
+    def __init__(self, called: list[str]) -> None:
+        super().__init__()
+        self.called = called
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.called.append("")
+        return x
+
+
 def test_another_dtype_is_noticed(mixer, tokens):
     mixer(tokens)
     mixer.double()
@@ -72,7 +108,7 @@ def test_another_dtype_is_noticed(mixer, tokens):
 def test_a_copy_and_a_pickle_have_a_memory_of_their_own(mixer, tokens):
     expected = mixer(tokens)
     for twin in (copy.deepcopy(mixer), pickle.loads(pickle.dumps(mixer))):
-        assert twin._cache.weights is None
+        assert twin._frozen.of(twin) is None
         torch.testing.assert_close(twin(tokens), expected, rtol=0, atol=0)
 
 

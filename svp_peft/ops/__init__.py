@@ -9,12 +9,11 @@ from svp_peft.ops.mixer_op import mixer
 from svp_peft.ops.norm_op import add_norm
 from svp_peft.ops.prompt_op import svp_prompt, svp_prompt_released
 from svp_peft.ops.scan_op import conv_silu, scan, selective_scan
-from svp_peft.ops.types import Cache, MixerCache, MixerWeights
+from svp_peft.ops.types import Cache, MixerWeights
 
 __all__ = [
     "BACKENDS",
     "Cache",
-    "MixerCache",
     "MixerWeights",
     "add_norm",
     "choose",

@@ -18,7 +18,7 @@ from torch import Tensor, library
 from svp_peft.ops.backends import choose, kernels
 from svp_peft.ops.casting import compute_dtype
 from svp_peft.ops.mixer_passes import backward_pass, forward_pass, pack, unpack
-from svp_peft.ops.types import MixerCache, MixerWeights
+from svp_peft.ops.types import Cache, MixerWeights
 
 # up to this many elements of xz per block everything is kept. On a GPU: at Vim-Small's width 20
 # images of 224 x 224, 0.6 GiB over 24 blocks in bfloat16; larger batches trade time for memory. A
@@ -31,7 +31,7 @@ def mixer(
     weights: MixerWeights,
     *,
     scale: float = 1.0,
-    cache: MixerCache | None = None,
+    cache: Cache | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """The mixer of one Vim block: in_proj, convolutions, scans in both directions, gate, out_proj.
@@ -83,7 +83,7 @@ def _keep(hidden: Tensor, weights: MixerWeights) -> int:
     return 2 if elements <= _KEEP_EVERYTHING.get(hidden.device.type, 0) else 1
 
 
-def _prepared(cache: MixerCache, weights: MixerWeights, dtype: torch.dtype, scale: float) -> Any:
+def _prepared(cache: Cache, weights: MixerWeights, dtype: torch.dtype, scale: float) -> Any:
     """What the CUDA backend made of frozen weights, made anew when they changed; or None."""
     if cache.prepared is None or not cache.prepared.is_for(dtype, scale):
         cache.prepared = kernels("cuda").frozen_mixer(weights, dtype, scale)

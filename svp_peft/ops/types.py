@@ -70,21 +70,6 @@ class Cache:
         return type(self), ()
 
 
-class MixerCache(Cache):
-    """The frozen weights of a mixer and what was made of them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.parameters: tuple[Tensor | None, ...] = ()
-        """The module's parameters when `weights` was made of them."""
-        self.weights: MixerWeights | None = None
-        """The frozen weights."""
-
-    def fill(self, parameters: tuple[Tensor | None, ...], weights: MixerWeights) -> None:
-        """Remember the weights made of these parameters, and forget what was made before."""
-        self.parameters, self.weights, self.prepared = parameters, weights, None
-
-
 class ScanNeeds(NamedTuple):
     """Which gradients of the scan are wanted; a frozen backbone wants the first five at most."""
 

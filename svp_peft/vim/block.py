@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from svp_peft import ops
-from svp_peft.vim.mixer import VimMixer, is_bare
+from svp_peft.vim.bare import is_bare, is_hooked
+from svp_peft.vim.mixer import VimMixer
 
 
 class RMSNorm(nn.Module):
@@ -67,7 +68,7 @@ class DropPath(nn.Module):
 
 def _is_bare_drop(module: nn.Module | None) -> TypeGuard[DropPath]:
     """Whether this is stochastic depth and nothing else: no subclass, no hook."""
-    return type(module) is DropPath and not (module._forward_hooks or module._forward_pre_hooks)
+    return type(module) is DropPath and not is_hooked(module)
 
 
 def drop_path(rate: float) -> nn.Module:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from svp_peft.errors import InputError
-from svp_peft.vim.mixer import is_bare
+from svp_peft.vim.bare import is_bare
 
 
 def pair(value: int | tuple[int, int] | list[int]) -> tuple[int, int]:

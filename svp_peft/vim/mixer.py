@@ -13,7 +13,6 @@ dt_rank  rank of the time-step projection
 from __future__ import annotations
 
 import math
-import operator
 from typing import Any
 
 import torch
@@ -22,8 +21,10 @@ from torch.nn import functional as F
 
 from svp_peft import ops
 from svp_peft.errors import InputError
+from svp_peft.vim.bare import FrozenWeights, every_module_is_hooked, is_bare
 
 BIMAMBA_TYPES = ("none", "v1", "v2")
+_CONVOLUTIONS = ("conv1d", "conv1d_b")
 
 
 class VimMixer(nn.Module):
@@ -134,7 +135,7 @@ class VimMixer(nn.Module):
             self.dt_proj_b = nn.Linear(self.dt_rank, self.d_inner, bias=True, **factory)
             self.D_b = self._skip(exact_factory)
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias, **factory)
-        self._cache = ops.MixerCache()
+        self._frozen = FrozenWeights()
 
     def _convolution(self, bias: bool, factory: dict[str, Any]) -> nn.Conv1d:
         return nn.Conv1d(
@@ -197,11 +198,17 @@ class VimMixer(nn.Module):
                 "inference_params is given, but an image is scanned as a whole and there is no "
                 "token-by-token decoding. Call the model without inference_params."
             )
-        if self._is_bare():
-            weights, cache = self._weights()
-            out = ops.mixer(hidden_states, weights, scale=self._scale, cache=cache)
-        else:
+        # a compiler cannot ask for addresses, and converts constants itself
+        cache = None if torch.compiler.is_compiling() else self._frozen
+        weights = None if cache is None else cache.of(self)
+        if weights is None and self._is_bare():
+            weights = self._weights()
+            if cache is not None and not self._remember(weights):
+                cache = None
+        if weights is None:
             out = self._composed(hidden_states)
+        else:
+            out = ops.mixer(hidden_states, weights, scale=self._scale, cache=cache)
         return out if self.init_layer_scale is None else out * self.gamma
 
     @property
@@ -210,49 +217,22 @@ class VimMixer(nn.Module):
 
     def _is_bare(self) -> bool:
         """Whether the fused op may read every submodule's weights."""
-        bare = (
-            not _every_module_is_hooked()
-            and is_bare(self.in_proj, nn.Linear)
-            and is_bare(self.out_proj, nn.Linear)
-            and is_bare(self.conv1d, nn.Conv1d)
-            and is_bare(self.x_proj, nn.Linear)
-            and is_bare(self.dt_proj, nn.Linear)
+        return not every_module_is_hooked() and all(
+            is_bare(self.get_submodule(name), nn.Conv1d if name in _CONVOLUTIONS else nn.Linear)
+            for name in self._parts()
         )
-        if bare and self.bimamba_type == "v2":
-            bare = (
-                is_bare(self.conv1d_b, nn.Conv1d)
-                and is_bare(self.x_proj_b, nn.Linear)
-                and is_bare(self.dt_proj_b, nn.Linear)
-            )
-        return bare
 
-    def _weights(self) -> tuple[ops.MixerWeights, ops.MixerCache | None]:
-        """The weights as the op takes them; the same object while they are frozen and in place."""
+    def _parts(self) -> tuple[str, ...]:
+        """Names of the submodules, convolutions first."""
+        parts = ("conv1d", "in_proj", "x_proj", "dt_proj", "out_proj")
+        if self.bimamba_type != "v2":
+            return parts
+        return ("conv1d", "conv1d_b", *parts[1:], "x_proj_b", "dt_proj_b")
+
+    def _weights(self) -> ops.MixerWeights:
+        """The weights as the op takes them."""
         convs, x_projs, dt_projs, skips = self._branches()
-        state_matrices = self._state_matrices()
-        parameters = (
-            self.in_proj.weight,
-            self.in_proj.bias,
-            *(conv.weight for conv in convs),
-            *(conv.bias for conv in convs),
-            *(x_proj.weight for x_proj in x_projs),
-            *(dt_proj.weight for dt_proj in dt_projs),
-            *(dt_proj.bias for dt_proj in dt_projs),
-            *state_matrices,
-            *skips,
-            self.out_proj.weight,
-            self.out_proj.bias,
-        )
-        cache = self._cache
-        frozen = not any(p is not None and p.requires_grad for p in parameters)
-        # a compiler cannot ask for addresses, and converts constants itself
-        reusable = frozen and not torch.compiler.is_compiling()
-        if reusable and cache.weights is not None and len(cache.parameters) == len(parameters):
-            same = all(map(operator.is_, cache.parameters, parameters))
-            # the taps are a view, which an assignment to `.data` leaves behind
-            if same and cache.weights.conv_weight[0].data_ptr() == self.conv1d.weight.data_ptr():
-                return cache.weights, cache
-        weights = ops.MixerWeights(
+        return ops.MixerWeights(
             in_proj_weight=self.in_proj.weight,
             in_proj_bias=self.in_proj.bias,
             conv_weight=tuple(conv.weight.squeeze(1) for conv in convs),
@@ -260,26 +240,34 @@ class VimMixer(nn.Module):
             x_proj_weight=tuple(x_proj.weight for x_proj in x_projs),
             dt_weight=tuple(dt_proj.weight for dt_proj in dt_projs),
             dt_bias=tuple(dt_proj.bias for dt_proj in dt_projs),
-            A_log=state_matrices,
+            A_log=self._state_matrices(),
             D=skips,
             out_proj_weight=self.out_proj.weight,
             out_proj_bias=self.out_proj.bias,
         )
-        if not reusable:
-            return weights, None
-        cache.fill(parameters, weights)
-        return weights, cache
+
+    def _remember(self, weights: ops.MixerWeights) -> bool:
+        """Keep `weights` for the next calls, if all of them are frozen."""
+        fields = (f if isinstance(f, tuple) else (f,) for f in weights)
+        if any(t is not None and t.requires_grad for field in fields for t in field):
+            return False
+        # copies made by nn.DataParallel live for one call and share this object
+        if getattr(self, "_is_replica", False):
+            return False
+        own = [n for n in ("A_log", "A_b_log", "D", "D_b") if n in self._parameters]
+        self._frozen.fill(self, weights, self._parts(), own)
+        return True
 
     def train(self, mode: bool = True) -> VimMixer:
         # older code writes to weights through `.data`, which no version tells; between that and
         # the next use there is nearly always a change of mode
-        if mode != self.training and self._cache.prepared is not None:
-            self._cache.prepared.doubt()
+        if mode != self.training and self._frozen.prepared is not None:
+            self._frozen.prepared.doubt()
         return super().train(mode)  # type: ignore[return-value]
 
     def _apply(self, fn: Any, recurse: bool = True) -> VimMixer:
         # to(), half() and their like give the parameters other data
-        self._cache = ops.MixerCache()
+        self._frozen = FrozenWeights()
         return super()._apply(fn, recurse)  # type: ignore[return-value]
 
     def _branches(
@@ -313,7 +301,7 @@ class VimMixer(nn.Module):
             for u_k, x_proj in zip(u, x_projs, strict=True)
         ]
         # a bare dt_proj stays inside the scan, which keeps the time step in single precision
-        inside = not _every_module_is_hooked() and all(
+        inside = not every_module_is_hooked() and all(
             is_bare(dt_proj, nn.Linear) for dt_proj in dt_projs
         )
         dt = [
@@ -343,7 +331,7 @@ class VimMixer(nn.Module):
     ) -> list[Tensor]:
         """SiLU(conv(x)) per branch, in `working`; the second one looks at the tokens after t."""
         reverse = (False, True)[: len(convs)]
-        if not _every_module_is_hooked() and all(is_bare(conv, nn.Conv1d) for conv in convs):
+        if not every_module_is_hooked() and all(is_bare(conv, nn.Conv1d) for conv in convs):
             taps = [conv.weight.squeeze(1) for conv in convs]
             return list(ops.conv_silu(x.to(working), taps, _biases(convs), reverse))
         length = x.shape[1]
@@ -356,36 +344,6 @@ class VimMixer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"bimamba_type={self.bimamba_type!r}, if_divide_out={self.if_divide_out}"
-
-
-def is_bare(module: nn.Module, expected: type[nn.Module]) -> bool:
-    """Whether `module(x)` is nothing but its class's formula over its own plain parameters.
-
-    False for a subclass (LoRA and quantised layers, parametrisations), for hooks of any kind, for
-    a replaced `forward` and for weights that are tensor subclasses.
-    """
-    return (
-        type(module) is expected
-        and type(module.weight) in (nn.Parameter, Tensor)
-        and not (
-            module._forward_hooks
-            or module._forward_pre_hooks
-            or module._backward_hooks
-            or module._backward_pre_hooks
-            or "forward" in module.__dict__
-        )
-    )
-
-
-def _every_module_is_hooked() -> bool:
-    """Whether a hook on all modules of the process, as some profilers set, expects to see ours."""
-    hooks = nn.modules.module
-    return bool(
-        hooks._global_forward_hooks
-        or hooks._global_forward_pre_hooks
-        or hooks._global_backward_hooks
-        or hooks._global_backward_pre_hooks
-    )
 
 
 def _biases(convs: tuple[nn.Conv1d, ...]) -> tuple[Tensor, ...] | None:

@@ -5,7 +5,7 @@ import torch
 
 from svp_peft import ops
 from svp_peft.ops import mixer_op, reference
-from svp_peft.ops.types import MixerCache, MixerWeights
+from svp_peft.ops.types import Cache, MixerWeights
 
 pytestmark = pytest.mark.gpu
 
@@ -65,7 +65,7 @@ def test_prepared_mixer_is_as_exact_as_the_general_one(
     (exact_grad,) = torch.autograd.grad(exact, exact_x, cotangent.double())
 
     errors = []
-    for cache in (None, MixerCache()):
+    for cache in (None, Cache()):
         leaf = x.clone().requires_grad_()
         out = ops.mixer(leaf, w, scale=0.5, cache=cache, backend="cuda")
         (grad,) = torch.autograd.grad(out, leaf, cotangent)
@@ -84,14 +84,14 @@ def test_prepared_mixer_is_as_exact_as_the_general_one(
 def test_prepared_mixer_follows_a_weight_that_is_written_to():
     w = weights(64, 8, 16, 2, bias=True)
     x = torch.randn(2, 9, 64, device="cuda", dtype=torch.bfloat16)
-    cache = MixerCache()
+    cache = Cache()
     with torch.no_grad():
         ops.mixer(x, w, cache=cache, backend="cuda")
         address = cache.prepared.in_proj.data_ptr()
         for tensor in (w.in_proj_weight, w.x_proj_weight[1], w.A_log[0], w.conv_weight[1]):
             tensor.mul_(1.5)
             found = ops.mixer(x, w, cache=cache, backend="cuda")
-            expected = ops.mixer(x, w, cache=MixerCache(), backend="cuda")
+            expected = ops.mixer(x, w, cache=Cache(), backend="cuda")
             assert torch.equal(found, expected)
     assert cache.prepared.in_proj.data_ptr() == address, "a captured graph would read freed memory"
 
@@ -99,9 +99,9 @@ def test_prepared_mixer_follows_a_weight_that_is_written_to():
 def test_other_sizes_and_types_take_the_general_way():
     x = torch.randn(2, 9, 64, device="cuda")
     with torch.no_grad():
-        cache = MixerCache()
+        cache = Cache()
         ops.mixer(x, weights(64, 8, 16, 2, bias=False), cache=cache, backend="cuda")
         assert cache.prepared is None, "float32"
-        cache = MixerCache()
+        cache = Cache()
         ops.mixer(x.bfloat16(), weights(64, 5, 16, 2, False), cache=cache, backend="cuda")
         assert cache.prepared is None, "a rank whose rows are not aligned"
