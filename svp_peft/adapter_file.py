@@ -229,6 +229,7 @@ def hotswap_adapter(
 def encode_adapter(model: nn.Module, adapter_name: str) -> tuple[bytes, bytes]:
     """The bytes of both files of one adapter of `model`; raises as `save_adapter`."""
     model = patched_model(model)
+    svp_of(model).require(adapter_name)
     state = adapter_state(model, adapter_name)
     for key, tensor in state.items():
         if tensor.numel() == 0 or tensor.is_meta:

@@ -132,6 +132,11 @@ def add_adapter(
                 f"add_adapter got num_classes={num_classes} and a head: they may contradict each "
                 "other. Pass one of them."
             )
+        if head is not None and not isinstance(head, nn.Module):
+            raise InputError(
+                f"head is a {type(head).__name__}, not a torch.nn.Module: it must turn the model's "
+                "features into logits. Pass a module, or num_classes for a fresh one."
+            )
         base = modules["head"]
         modules["head"] = head_for(base, num_classes, svp.spec.widths[-1]) if head is None else head  # type: ignore[arg-type]
     for module in modules.values():
@@ -243,10 +248,17 @@ def average_adapters(
     model = patched_model(model)
     svp = svp_of(model)
     check_new_name(svp, new_name)
+    names = list(names)
     if not names:
         raise InputError("average_adapters needs at least one adapter: names is empty. Name some.")
     states = [adapter_state(model, name) for name in names]
-    shares = [1.0] * len(names) if weights is None else [float(w) for w in weights]
+    try:
+        shares = [1.0] * len(names) if weights is None else [float(w) for w in weights]
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"weights={weights!r} are not numbers ({error}): each adapter needs one. Pass for "
+            f"example {[1.0] * len(names)}."
+        ) from error
     usable = all(math.isfinite(w) and w >= 0 for w in shares) and sum(shares) > 0
     if len(shares) != len(names) or not usable:
         raise InputError(

@@ -78,7 +78,9 @@ class NamedModules(nn.Module):
         self._modules = {**self._modules, self._key(name): module}
 
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, (str, int)) and self._key(name) in self._modules
+        if not isinstance(name, (str, int)) or str(name).endswith("/"):
+            return False  # "train/" is how "train" is stored, not a name
+        return self._key(name) in self._modules
 
     def __len__(self) -> int:
         return len(self._modules)

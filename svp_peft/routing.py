@@ -20,7 +20,14 @@ from svp_peft.config import BASE_ADAPTER
 from svp_peft.errors import AdapterNameError, InputError
 from svp_peft.grouped import can_group, prompt_grouped
 from svp_peft.prompters import simam
-from svp_peft.state import SVPState, module_path, patched_model, svp_of, use_modules_of
+from svp_peft.state import (
+    Routing,
+    SVPState,
+    module_path,
+    patched_model,
+    svp_of,
+    use_modules_of,
+)
 
 
 class route:  # used as a function, `with route(...)`, and named like one
@@ -43,7 +50,7 @@ class route:  # used as a function, `with route(...)`, and named like one
         names: one adapter name for each image; "__base__" for the base model.
 
     Raises:
-        AdapterNameError: a name is unknown; before anything runs.
+        AdapterNameError: a name is unknown, or no longer known when the context is entered.
         InputError: an adapter has its own copy of a module other than the head, or, when the model
             is called, the batch has another length than `names`; before any block runs.
     """
@@ -61,16 +68,20 @@ class route:  # used as a function, `with route(...)`, and named like one
         self._inverse = sorted(range(len(self._order)), key=self._order.__getitem__)
         self._indices: dict[tuple[bool, int, torch.device], Tensor] = {}
         self._widths: dict[str, int] = {}
-        self._handles: list[RemovableHandle] = []
+        # one entry for every `with` that this object stands in now
+        self._before: list[tuple[Routing | None, int]] = []
+        self._handle: RemovableHandle | None = None
 
     def __enter__(self) -> route:
-        self._before = (self.svp.routing, self.svp.disabled)
+        # adapters may have gone since the object was made
+        _check_names(self.svp, self.names)
+        self._before.append((self.svp.routing, self.svp.disabled))
         self.svp.routing, self.svp.disabled = self, 0
         use_modules_of(self.model, self.svp.effective)
-        if "head" in self.svp.in_use:
+        if "head" in self.svp.in_use and self._handle is None:
             head = self.model.get_submodule(module_path(self.svp.spec, "head"))
             hook = _RouteHead(self, self.svp.in_use["head"])
-            self._handles.append(head.register_forward_hook(hook, with_kwargs=True))
+            self._handle = head.register_forward_hook(hook, with_kwargs=True)
         return self
 
     def __exit__(
@@ -79,9 +90,10 @@ class route:  # used as a function, `with route(...)`, and named like one
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.svp.routing, self.svp.disabled = self._before
-        while self._handles:
-            self._handles.pop().remove()
+        self.svp.routing, self.svp.disabled = self._before.pop()
+        if self._handle is not None and not self._before:
+            self._handle.remove()
+            self._handle = None
         if self.model._modules.get("svp") is self.svp:
             use_modules_of(self.model, self.svp.effective)
 
@@ -214,7 +226,7 @@ def _check_names(svp: SVPState, names: tuple[str, ...]) -> None:
             "route got no adapter names: every image of the batch needs one. Pass for example "
             f"{svp.adapters.names()[:1]} * len(images)."
         )
-    unknown = sorted({repr(n) for n in names if n != BASE_ADAPTER and n not in svp.adapters})
+    unknown = sorted({repr(n) for n in names if n != BASE_ADAPTER and not svp.has(n)})
     if unknown:
         raise AdapterNameError(
             f"route got names that are no adapters of this model: {', '.join(unknown)}. Its "

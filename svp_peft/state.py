@@ -74,9 +74,13 @@ class SVPState(nn.Module):
         """The adapter `name`, which must exist."""
         return self.adapters[name]  # type: ignore[return-value]
 
+    def has(self, name: object) -> bool:
+        """Whether there is an adapter `name`."""
+        return isinstance(name, str) and name in self.adapters
+
     def require(self, name: str) -> SVPAdapter:
         """The adapter `name`; raises `AdapterNameError` where there is none."""
-        if name not in self.adapters:
+        if not self.has(name):
             raise AdapterNameError(
                 f"there is no adapter {name!r} in this model: its adapters are "
                 f"{self.adapters.names()}. Use one of these, or add_adapter(model, {name!r}) first."

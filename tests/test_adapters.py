@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from svp_peft.adapter_file import save_adapter
 from svp_peft.adapters import (
     adapter_state,
     add_adapter,
@@ -233,6 +234,21 @@ def test_unknown_names_are_answered_with_the_known_ones(model, function):
         function(model, "birds")
 
 
+@pytest.mark.parametrize("name", ["train/", 0, None, ["train"], b"train"])
+def test_what_is_no_name_is_no_adapter_and_changes_nothing(model, name, tmp_path):
+    add_adapter(model, "0")
+    for call in (
+        lambda: set_adapter(model, name),
+        lambda: delete_adapter(model, name),
+        lambda: save_adapter(model, tmp_path, name),
+        lambda: average_adapters(model, [name]),
+    ):
+        with pytest.raises(AdapterNameError, match="no adapter"):
+            call()
+    assert get_model_status(model).active_adapters == ["a"]
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_taken_reserved_and_malformed_names_are_refused(model):
     for name, match in (("a", "already"), ("__base__", "reserved"), ("x y", "not usable")):
         with pytest.raises(AdapterNameError, match=match):
@@ -246,6 +262,7 @@ def test_add_adapter_refuses_what_does_not_fit_and_adds_nothing(model):
         (ConfigError, {"config": SVPConfig(layers=(77,))}),
         (InputError, {"num_classes": 0}),
         (InputError, {"num_classes": 3, "head": nn.Linear(16, 3)}),
+        (InputError, {"head": "linear"}),
         (InputError, {"config": SVPConfig(modules_to_save=()), "num_classes": 3}),
     ):
         with pytest.raises(error):
@@ -431,6 +448,10 @@ def test_average_refuses_what_cannot_be_averaged(model):
         ("differ", (["a", "train"],)),
         ("do not fit 1 adapters", (["a"], [1, 2])),
         ("must not all be 0", (["a"], [0.0])),
+        ("at least 0", (["a", "a"], [2.0, -1.0])),
+        ("finite", (["a", "a"], [1.0, float("nan")])),
+        ("not numbers", (["a", "a"], 0.5)),
+        ("not numbers", (["a", "a"], [1.0, "half"])),
         ("at least one", ([],)),
     ):
         with pytest.raises(InputError, match=match):

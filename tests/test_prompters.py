@@ -205,6 +205,9 @@ def test_named_modules_take_names_that_modules_use_themselves():
     assert twin.state_dict().keys() == container.state_dict().keys()
     assert container.pop("train") is layers["train"]
     assert "train" not in container
+    # "keys/" is how "keys" is stored
+    assert "keys" in container
+    assert "keys/" not in container
     assert len(container) == len(names) - 1
 
 

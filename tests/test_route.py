@@ -166,6 +166,32 @@ def test_route_and_disable_nest_both_ways(model):
         assert torch.equal(model(images), base)
 
 
+def test_one_context_may_be_entered_within_itself_and_again(model):
+    images = torch.randn(7, 3, 16, 16)
+    set_adapter(model, "cars")
+    before, context = model(images), route(model, MIXED)
+    with context:
+        expected = model(images)
+        with context, disable_adapter(model), context:
+            assert torch.equal(model(images), expected)
+            assert context.per_adapter(model(images))["cars"].shape == (2, 3)
+        assert torch.equal(model(images), expected)
+    assert torch.equal(model(images), before)
+    with context:
+        assert torch.equal(model(images), expected)
+    assert torch.equal(model(images), before)
+    assert not model.head._forward_hooks
+
+
+def test_a_context_whose_adapter_has_gone_is_not_entered(model):
+    context = route(model, ["dogs", "cars"])
+    delete_adapter(model, "dogs", new_active="cars")
+    with pytest.raises(AdapterNameError, match="'dogs'"), context:
+        pass
+    assert model.svp.routing is None
+    assert model(torch.randn(3, 3, 16, 16)).shape == (3, 3)
+
+
 def test_adapters_without_a_head_of_their_own_share_the_base_head():
     torch.manual_seed(1)
     config = SVPConfig(modules_to_save=(), inner_bottleneck=4)
