@@ -69,7 +69,10 @@ class NamedModules(nn.Module):
     """
 
     def __getitem__(self, name: str | int) -> nn.Module:
-        module = self._modules[self._key(name)]
+        # nearly every name is stored as it is, and every block asks
+        module = self._modules.get(str(name))
+        if module is None:
+            module = self._modules[self._key(name)]
         assert module is not None
         return module
 
@@ -185,13 +188,14 @@ class SVPAdapter(nn.Module):
         if block_index not in self.layers:
             return x
         cross, inner, alpha, beta = self.parts(block_index)
+        down, up = (None, None) if inner is None else (inner.down, inner.up)
         weights = (
             None if cross is None else cross.weight,
             None if cross is None else cross.bias,
-            None if inner is None else inner.down.weight,
-            None if inner is None else inner.down.bias,
-            None if inner is None else inner.up.weight,
-            None if inner is None else inner.up.bias,
+            None if down is None else down.weight,
+            None if down is None else down.bias,
+            None if up is None else up.weight,
+            None if up is None else up.bias,
             alpha,
             beta,
         )
@@ -224,11 +228,12 @@ class SVPAdapter(nn.Module):
     ) -> tuple[CrossPrompter | None, InnerPrompter | None, Tensor | None, Tensor | None]:
         """(cross prompter, inner prompter, alpha row, beta row) of a prompted block."""
         place = self._places[block_index]
-        cross = self.cross[place.group] if self.alpha is not None else None
-        inner = self.inner[block_index] if self.beta is not None else None
+        alphas, betas = self.alpha, self.beta
+        cross = self.cross[place.group] if alphas is not None else None
+        inner = self.inner[block_index] if betas is not None else None
         ends = (block_index == self._first, block_index == self._last)
-        alpha = _row(self.alpha, place.stage, place.alpha_row, self._alpha_rows, ends)
-        beta = _row(self.beta, place.stage, place.beta_row, self._beta_rows, ends)
+        alpha = _row(alphas, place.stage, place.alpha_row, self._alpha_rows, ends)
+        beta = _row(betas, place.stage, place.beta_row, self._beta_rows, ends)
         return cross, inner, alpha, beta  # type: ignore[return-value]
 
 
