@@ -172,6 +172,25 @@ def test_images_of_another_size_are_refused_with_both_sizes() -> None:
         small_model()(torch.randn(2, 3, 16, 20))
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("arguments", MIXERS[:4])
+def test_an_empty_batch_gives_no_logits_and_empty_gradients(
+    arguments: dict[str, Any], backend: str
+) -> None:
+    model = VisionMamba(**{**SMALL, **arguments}).train()
+    images = torch.empty(0, 3, 16, 16, requires_grad=True)
+    ops.set_backend(backend)
+    try:
+        logits = model(images)
+        logits.sum().backward()
+    finally:
+        ops.set_backend("auto")
+    assert logits.shape == (0, 5)
+    assert images.grad is not None
+    assert images.grad.shape == images.shape
+    assert not model.layers[0].mixer.in_proj.weight.grad.any()
+
+
 def test_token_by_token_decoding_is_refused() -> None:
     model = small_model()
     with pytest.raises(InputError, match="inference_params"):

@@ -75,7 +75,8 @@ def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtyp
 def _in_projection(hidden: Tensor, w: MixerWeights, dtype: torch.dtype) -> Tensor:
     """xz, (batch, L, 2 * d_inner)."""
     rows = hidden.to(dtype).reshape(-1, hidden.shape[-1])
-    return _linear(rows, w.in_proj_weight, w.in_proj_bias, dtype).view(*hidden.shape[:2], -1)
+    xz = _linear(rows, w.in_proj_weight, w.in_proj_bias, dtype)
+    return xz.view(*hidden.shape[:2], xz.shape[-1])
 
 
 def _convolve(xz: Tensor, w: MixerWeights, backend: str) -> tuple[Tensor, ...]:
@@ -117,7 +118,7 @@ def forward_pass(hidden: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         x_dbl = xz.new_empty(len(u), batch, length, w.x_proj_weight[0].shape[0])
         for k, u_k in enumerate(u):
             weight = cast(w.x_proj_weight[k], dtype)
-            torch.mm(u_k.view(-1, d_inner), weight.T, out=x_dbl[k].view(batch * length, -1))
+            torch.mm(u_k.view(-1, d_inner), weight.T, out=x_dbl[k].flatten(0, 1))
         activations, parameters = _scan_arguments(u, x_dbl, w)
         gated, y = kernels(backend).scan(
             *activations,
@@ -130,7 +131,7 @@ def forward_pass(hidden: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         )
         out = _linear(gated.view(-1, d_inner), w.out_proj_weight, w.out_proj_bias, dtype)
     return (
-        out.view(batch, length, -1),
+        out.view(batch, length, out.shape[-1]),
         x_dbl if keep else xz.new_empty(0),
         y if keep else xz.new_empty(0),
         xz if keep == 2 else xz.new_empty(0),
@@ -210,7 +211,7 @@ def backward_pass(
         for k, u_k in enumerate(u):
             if d_low is None:
                 break
-            low_rows = d_low[k].view(batch * length, -1)
+            low_rows = d_low[k].flatten(0, 1)
             if need.x_proj_weight[k]:
                 d_x_proj[k] = torch.mm(low_rows.T, u_k.view(-1, d_inner))
             if d_u is not None:
@@ -233,7 +234,7 @@ def backward_pass(
         d_in_weight: Any = None
         d_in_bias: Any = None
         if d_xz is not None:
-            xz_rows = d_xz.view(batch * length, -1)
+            xz_rows = d_xz.flatten(0, 1)
             if needs[0]:
                 d_hidden = torch.mm(xz_rows, cast(w.in_proj_weight, dtype)).view(hidden.shape)
             if need.in_proj_weight:
