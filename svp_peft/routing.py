@@ -6,7 +6,7 @@ heads are run per adapter, on the rows of the images that asked for it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -58,6 +58,11 @@ class route:  # used as a function, `with route(...)`, and named like one
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
         self.model = patched_model(model)
         self.svp = svp_of(model)
+        if isinstance(names, str) or not isinstance(names, Iterable):
+            raise InputError(
+                f"route got names={names!r}, not a list of adapter names: every image of the batch "
+                f"needs its own. Pass for example {self.svp.adapters.names()[:1]} * len(images)."
+            )
         self.names = tuple(names)
         _check_names(self.svp, self.names)
         self.groups: dict[str, list[int]] = {}
@@ -109,8 +114,8 @@ class route:  # used as a function, `with route(...)`, and named like one
         if batch != len(self.names):
             raise InputError(
                 f"the model was called with {batch} images inside route(...) with "
-                f"{len(self.names)} adapter names: every image needs exactly one. Pass a list of "
-                f"{batch} names."
+                f"{len(self.names)} adapter names: every image needs exactly one. Give as many "
+                "names as there are images."
             )
 
     def images(self, svp: SVPState, images: Tensor) -> Tensor:

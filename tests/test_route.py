@@ -130,6 +130,9 @@ def test_wrong_names_and_lengths_are_errors_before_anything_runs(model):
         route(model, ["birds", 3])
     with pytest.raises(InputError, match="no adapter names"):
         route(model, [])
+    for names in ("birds", None, 3):
+        with pytest.raises(InputError, match="not a list of adapter names"):
+            route(model, names)
     with route(model, ["birds"] * 3), pytest.raises(InputError, match=r"2 images .* 3 adapter"):
         model(torch.randn(2, 3, 16, 16))
     assert ran == []
