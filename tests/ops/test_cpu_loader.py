@@ -1,24 +1,13 @@
-"""How the C++ kernels are built and found: cache, locks, and everything that can be missing.
-
-Each case runs in a process of its own, as a user's first call does: forked from this one, which has
-PyTorch loaded already, or started from nothing where that is what the test is about. Forked ones
-build one function instead of the kernels, which takes a second.
-"""
+"""How the C++ kernels are built: locks, and every tool that can be missing or broken."""
 
 import json
-import multiprocessing
 import os
 import shutil
 import signal
-import stat
 import subprocess
 import sys
-import tempfile
 import time
-import warnings
 from collections.abc import Callable
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -27,104 +16,23 @@ import torch
 from svp_peft.errors import BackendError
 from svp_peft.ops import backends, cpu
 from svp_peft.ops.cpu import loader
+from tests.ops.cpu_builds import (
+    CPU,
+    Forked,
+    assert_built,
+    assert_falls_back,
+    compilations,
+    counting_compiler,
+    environment,
+    executable,
+    needs_compiler,
+    run,
+    write_source,
+)
 
 ROOT = Path(__file__).parents[2]
-CPU = torch.device("cpu")
 
-_missing = cpu.unavailable(CPU) is not None or not hasattr(os, "fork")
-pytestmark = pytest.mark.skipif(_missing, reason="needs a C++ compiler and fork")
-
-
-def first_use() -> dict:
-    """What a user's process sees of the kernels."""
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always")
-        reason, again = cpu.unavailable(CPU), cpu.unavailable(CPU)
-        chosen = backends.choose("auto", CPU, torch.float32)
-    return {
-        "reason": reason,
-        "again": again,
-        "chosen": chosen,
-        "warnings": [f"{w.category.__name__}: {w.message}" for w in seen],
-        "library": loader._library and loader._library._name,
-    }
-
-
-def _child(sources: Path, env: dict[str, str], said: Path, answer: Connection) -> None:
-    os.setsid()
-    with open(said, "w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    os.environ.clear()
-    os.environ.update(env)
-    tempfile.tempdir = None
-    loader._library = loader._reason = None
-    loader.SOURCES = sources
-    answer.send(first_use())
-
-
-class Forked:
-    """`first_use` in a forked process with sources, environment and session of its own."""
-
-    def __init__(self, sources: Path, env: dict[str, str]) -> None:
-        context = multiprocessing.get_context("fork")
-        self._said = Path(tempfile.mkstemp()[1])
-        self._answer, other = context.Pipe(duplex=False)
-        with warnings.catch_warnings():
-            # later Pythons warn of forking beside threads: the child runs none of their code
-            warnings.simplefilter("ignore", DeprecationWarning)
-            self.process: BaseProcess = context.Process(
-                target=_child, args=(sources, env, self._said, other)
-            )
-            self.process.start()
-        other.close()
-
-    def result(self) -> dict:
-        try:
-            assert self._answer.poll(200), "no answer"
-            found = self._answer.recv()
-            self.process.join()
-            assert self._said.read_text() == ""
-            return found
-        finally:
-            self._said.unlink()
-
-
-def run(sources: Path, env: dict[str, str]) -> dict:
-    return Forked(sources, env).result()
-
-
-def environment(cache: Path | str, **changes: str) -> dict[str, str]:
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("SVP_PEFT") and k != "CXX"}
-    return kept | {"SVP_PEFT_CACHE": str(cache), "OMP_NUM_THREADS": "1"} | changes
-
-
-def executable(path: Path, body: str) -> Path:
-    path.write_text("#!/bin/sh\n" + body)
-    path.chmod(0o755)
-    return path
-
-
-def counting_compiler(folder: Path) -> Path:
-    """A wrapper around the compiler that logs its calls, and waits where SVP_TEST_WAIT is set."""
-    return executable(
-        folder / "counting-c++",
-        f'echo "$@" >> {folder}/compiled.log\n'
-        'case "$*" in *" -c "*) sleep ${SVP_TEST_WAIT:-0};; esac\n'
-        'exec c++ "$@"\n',
-    )
-
-
-def compilations(folder: Path) -> int:
-    log = folder / "compiled.log"
-    return sum(" -c " in line for line in log.read_text().splitlines()) if log.exists() else 0
-
-
-def write_source(folder: Path, text: str = 'extern "C" int svp_one() { return 1; }\n') -> Path:
-    """A source folder that compiles at once."""
-    folder.mkdir(exist_ok=True)
-    (folder / "one.cpp").write_text(text)
-    return folder
+pytestmark = needs_compiler
 
 
 @pytest.fixture
@@ -143,28 +51,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def assert_built(result: dict, below: Path) -> None:
-    assert result["reason"] is None
-    assert result["warnings"] == []
-    assert result["chosen"] == "cpu"
-    assert Path(result["library"]).is_relative_to(below)
-
-
-def assert_falls_back(result: dict, *words: str) -> None:
-    """The reference runs, after one warning that says what is wrong and what to install."""
-    assert result["chosen"] == "reference"
-    assert result["reason"] == result["again"]
-    assert len(result["warnings"]) == 1, result["warnings"]
-    warning = result["warnings"][0]
-    assert warning.startswith("RuntimeWarning: svp_peft runs without its C++ kernels: ")
-    for word in words:
-        assert word in warning
-        assert word in result["reason"]
-
-
 COLD = """
 import json
-from tests.ops.test_cpu_loader import first_use
+from tests.ops.cpu_builds import first_use
 print(json.dumps(first_use()))
 """
 
@@ -253,37 +142,6 @@ def test_a_build_that_was_killed_holds_nobody_up(tmp_path: Path, tiny: Path) -> 
     assert not abandoned.exists()
 
 
-def test_an_unwritable_cache_sends_the_build_to_a_private_temporary_folder(
-    tmp_path: Path, tiny: Path
-) -> None:
-    (tmp_path / "file").write_text("no folder can be made below a file")
-    env = environment(tmp_path / "file" / "cache", TMPDIR=str(tmp_path))
-    folder = tmp_path / f"svp_peft-{os.getuid()}"
-    assert_built(run(tiny, env), folder)
-    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    # one that others could write to is not trusted
-    folder.chmod(0o777)
-    assert_falls_back(run(tiny, env), "no directory to build them in", "Set SVP_PEFT_CACHE")
-
-
-@pytest.mark.parametrize(
-    ("variables", "expected"),
-    [
-        ({"SVP_PEFT_CACHE": "/a"}, "/a/cpu"),
-        ({"XDG_CACHE_HOME": "/b", "HOME": "/c"}, "/b/svp_peft/cpu"),
-        ({"HOME": "/c"}, "/c/.cache/svp_peft/cpu"),
-    ],
-)
-def test_the_cache_is_where_the_variables_say(
-    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], expected: str
-) -> None:
-    for name in ("SVP_PEFT_CACHE", "XDG_CACHE_HOME", "HOME"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    assert next(loader.cache_directories()) == Path(expected)
-
-
 def test_svp_peft_cpu_0_turns_the_kernels_off_without_a_word(tmp_path: Path, tiny: Path) -> None:
     result = run(tiny, environment(tmp_path / "cache", SVP_PEFT_CPU="0"))
     assert result["chosen"] == "reference"
@@ -292,11 +150,12 @@ def test_svp_peft_cpu_0_turns_the_kernels_off_without_a_word(tmp_path: Path, tin
     assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.parametrize("command", ["no-such-compiler --flag", '"unfinished', ""])
 def test_a_missing_compiler_is_one_warning_that_says_what_to_install(
-    tmp_path: Path, tiny: Path
+    tmp_path: Path, tiny: Path, command: str
 ) -> None:
-    result = run(tiny, environment(tmp_path / "cache", CXX="no-such-compiler --flag"))
-    assert_falls_back(result, "no C++ compiler 'no-such-compiler --flag'", "apt install g++")
+    result = run(tiny, environment(tmp_path / "cache", CXX=command))
+    assert_falls_back(result, f"no C++ compiler {command!r}", "apt install g++")
     assert not (tmp_path / "cache").exists()
 
 

@@ -11,6 +11,7 @@ processes that start together from doing the same work twice.
 """
 
 import ctypes
+import errno
 import hashlib
 import json
 import logging
@@ -85,7 +86,8 @@ def cache_directories() -> Iterator[Path]:
     xdg = os.environ.get("XDG_CACHE_HOME")
     try:
         root = Path(named) if named else (Path(xdg) if xdg else Path.home() / ".cache") / "svp_peft"
-        yield root / "cpu"
+        # the build runs in another working directory
+        yield root.expanduser().absolute() / "cpu"
     except RuntimeError:  # no home directory
         pass
     # anyone may write to the temporary directory, and what is loaded from there runs as this user
@@ -127,33 +129,34 @@ def _load() -> ctypes.CDLL:
         f"{torch.__version__} {sys.implementation.cache_tag} {sys.platform} {platform.machine()}",
     ]
     key = hashlib.sha256("\0".join(known).encode()).hexdigest()[:16]
-    refused = ""
+    refused: list[str] = []
     for directory in cache_directories():
         built = directory / f"svp_cpu-{key}.so"
-        if built.is_file():
-            try:
+        try:
+            if built.is_file():
                 return ctypes.CDLL(str(built))
-            except OSError as error:  # a damaged file: built again below
-                _log.info("%s does not load (%s) and is built again", built, error)
+        except OSError as error:  # a damaged file, built again below; or nothing is reached there
+            _log.info("%s does not load (%s) and is built again", built, error)
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix="probe-", dir=directory):
-                pass
-        except OSError as error:
-            refused = f"{directory} cannot be written to ({error.strerror})"
-            _log.info("%s", refused)
-            continue
-        _build_once(built, sources, flags, compiler)
-        return ctypes.CDLL(str(built))
+            _build_once(built, sources, flags, compiler)
+            return ctypes.CDLL(str(built))
+        except OSError as error:  # read-only, full, mounted noexec, another user's
+            refused.append(f"{directory} cannot be used ({error.strerror or error})")
+            _log.info("%s", refused[-1])
     raise CannotBuild(
-        f"no directory to build them in: {refused}. Set SVP_PEFT_CACHE to one you can write to."
+        f"no directory to build them in: {'; '.join(refused)}. Set SVP_PEFT_CACHE to one you can "
+        f"write to and load libraries from."
     )
 
 
 def _compiler() -> Path:
     """The compiler's file, or the wrapper's; `CXX` may name either, with arguments."""
     command = os.environ.get("CXX", "c++")
-    words = shlex.split(command)
+    try:
+        words = shlex.split(command)
+    except ValueError:  # an unfinished quotation
+        words = []
     path = shutil.which(words[0]) if words else None
     if path is None:
         raise CannotBuild(f"there is no C++ compiler {command!r}. {_COMPILER_HINT} or set CXX.")
@@ -161,7 +164,12 @@ def _compiler() -> Path:
 
 
 def _build_once(built: Path, sources: list[Path], flags: list[str], compiler: Path) -> None:
-    """Build the library, unless another process does while this one waits."""
+    """Build the library, unless another process does while this one waits.
+
+    Raises:
+        CannotBuild: what is missing or broken is the same in every directory.
+        OSError: this directory will not do; another may.
+    """
     damaged = built.stat() if built.exists() else None
     with _exclusive(built.with_suffix(".lock")):
         if built.exists() and (damaged is None or built.stat().st_ino != damaged.st_ino):
@@ -209,18 +217,25 @@ def _build(scratch: str, sources: list[Path], flags: list[str], compiler: Path) 
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise CannotBuild(f"the build did not run: {error}") from error
-    if done.returncode != 0 or not (Path(scratch) / "svp_cpu.so").is_file():
-        _log.debug("building the C++ kernels failed:\n%s", done.stdout)
-        raise CannotBuild(
-            f"{compiler} does not compile them: {_first_error(done.stdout)}. "
-            f"Install a working C++ compiler (Debian, Ubuntu: apt install g++; macOS: "
-            f"xcode-select --install) or set CXX to one."
-        )
+    linked = (Path(scratch) / "svp_cpu.so").is_file()
+    if done.returncode == 0 and linked:
+        return
+    _log.debug("building the C++ kernels failed:\n%s", done.stdout)
+    if linked:
+        raise OSError(f"what is built there does not load: {_first_error(done.stdout, '.so: ')}")
+    if os.strerror(errno.ENOSPC) in done.stdout:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    raise CannotBuild(
+        f"{compiler} does not compile them: {_first_error(done.stdout, 'error:')}. "
+        f"Install a working C++ compiler (Debian, Ubuntu: apt install g++; macOS: "
+        f"xcode-select --install) or set CXX to one."
+    )
 
 
-def _first_error(output: str) -> str:
+def _first_error(output: str, sign: str) -> str:
+    """The first line with `sign` in it, else the last line."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    errors = [line for line in lines if "error:" in line] or lines[-1:] or ["no output"]
+    errors = [line for line in lines if sign in line] or lines[-1:] or ["no output"]
     return errors[0][:300].rstrip(".")
 
 
@@ -244,7 +259,7 @@ def _exclusive(path: Path) -> Iterator[None]:
 
 def _remove_abandoned(directory: Path) -> None:
     """Delete what builds of more than a day ago left behind when they were killed."""
-    for left in [*directory.glob("build-*"), *directory.glob("probe-*")]:
+    for left in directory.glob("build-*"):
         try:
             if time.time() - left.stat().st_mtime > 86_400:
                 shutil.rmtree(left, ignore_errors=True)
