@@ -115,6 +115,17 @@ def test_the_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
     assert disk_cache.cache_folder() == Path("/home/someone/.cache/svp_peft/cuda")
 
 
+def test_a_user_without_a_home_compiles_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("SVP_PEFT_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    disk_cache.write("key", b"payload")
+    assert disk_cache.read("key") is None
+
+
 def test_processes_that_start_together_agree(nvrtc: Nvrtc, cache: Path) -> None:
     program = (
         "import sys, hashlib;"

@@ -17,12 +17,19 @@ _MAGIC = b"svp_peft cubin 1\n"
 
 
 def cache_folder() -> Path:
-    """Where compiled kernels are kept; read from the environment at every call."""
+    """Where compiled kernels are kept; read from the environment at every call.
+
+    Raises:
+        OSError: nothing is named and the user has no home directory.
+    """
     base = os.environ.get("SVP_PEFT_CACHE")
-    if base:
-        return Path(base) / "cuda"
     xdg = os.environ.get("XDG_CACHE_HOME")
-    root = Path(xdg) if xdg else Path.home() / ".cache"
+    try:
+        if base:
+            return Path(base).expanduser() / "cuda"
+        root = Path(xdg) if xdg else Path.home() / ".cache"
+    except RuntimeError as error:
+        raise OSError(str(error)) from error
     return root / "svp_peft" / "cuda"
 
 
@@ -37,8 +44,8 @@ def key_of(*parts: str) -> str:
 
 def read(key: str) -> bytes | None:
     """The kernel kept under `key`, or None where there is none or the file is damaged."""
-    path = cache_folder() / key
     try:
+        path = cache_folder() / key
         content = path.read_bytes()
     except OSError:
         return None
@@ -55,9 +62,9 @@ def read(key: str) -> bytes | None:
 
 def write(key: str, payload: bytes) -> None:
     """Keep a kernel. Failing to is reported once per process and is no error."""
-    folder = cache_folder()
-    temporary = None
+    folder = temporary = None
     try:
+        folder = cache_folder()
         folder.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=folder, prefix=".writing-")
         with os.fdopen(handle, "wb") as file:
@@ -74,9 +81,9 @@ def write(key: str, payload: bytes) -> None:
             _log.warning(
                 "compiled kernels cannot be kept in %s (%s), so every process compiles its own. "
                 "Set SVP_PEFT_CACHE to a folder that can be written.",
-                folder,
+                folder or "a cache",
                 error,
             )
 
 
-_reported: set[Path] = set()
+_reported: set[Path | None] = set()
