@@ -1,7 +1,13 @@
 """Fixtures of the tests of the kernels."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+
+from svp_peft.ops.cuda import disk_cache
+from tests.ops.cuda_on_cpu import emulator
+from tests.ops.cuda_on_cpu.gpu import EmulatedGpu, emulated_gpu
 
 
 @pytest.fixture
@@ -15,3 +21,14 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
             return fresh.fill_(float("nan")) if fresh.is_floating_point() else fresh
 
         monkeypatch.setattr(owner, name, filled)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch, poisoned: None) -> Iterator[EmulatedGpu]:
+    """An emulated GPU: the CUDA kernels run on CPU tensors, and fresh memory holds NaN."""
+    missing = emulator.unavailable()
+    if missing is not None:
+        pytest.skip(missing)
+    cache = disk_cache.cache_folder().with_name("cuda-on-cpu")
+    with emulated_gpu(monkeypatch, cache) as found:
+        yield found

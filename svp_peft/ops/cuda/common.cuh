@@ -35,8 +35,8 @@ template <class T> DEVICE T narrowed(float v) {
 template <class T> struct is_float32 { static constexpr bool value = false; };
 template <> struct is_float32<float> { static constexpr bool value = true; };
 
-// N neighbouring elements that travel as one access.
-template <class T, int N> struct alignas(sizeof(T) * N) Pack { T v[N]; };
+// N neighbouring elements that travel as one access, or as several of 16 bytes.
+template <class T, int N> struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Pack { T v[N]; };
 
 DEVICE float ex2(float x) {
   float y;
