@@ -1,10 +1,9 @@
-"""`load_vim` on local files: geometry from tensors, heads, position embeddings, bad files."""
+"""`load_vim` on local files: geometry from tensors, heads, position embeddings."""
 
 from __future__ import annotations
 
 import json
 import os
-import pickle
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -51,6 +50,8 @@ def image_for(model: VisionMamba) -> Tensor:
         {"rms_norm": False, "d_state": 7},
         {"init_layer_scale": 0.3},
         {"ssm_cfg": {"d_conv": 3, "expand": 1, "dt_rank": 5, "bias": True, "conv_bias": False}},
+        # 15 / 11 is rounded down, and 11 times that is just below 15
+        {"embed_dim": 11, "ssm_cfg": {"expand": 1.4}},
         {"if_rope": True},
         {"num_classes": 0},
     ],
@@ -262,102 +263,6 @@ def test_a_checkpoint_can_be_written_and_read_again(tmp_path: Path) -> None:
     assert again.config == read.config
     assert all(torch.equal(again.state[k], v) for k, v in read.state.items())
     assert sorted(os.listdir(tmp_path)) == ["slim.safetensors", "vim.pth"]
-
-
-def changed(state: dict[str, Tensor], **changes: Tensor | None) -> dict[str, Tensor]:
-    merged = {**state, **{name.replace("__", "."): value for name, value in changes.items()}}
-    return {name: value for name, value in merged.items() if value is not None}
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"layers__1__mixer__D_b": None}, "missing: layers.1.mixer.D_b"),
-        ({"layers__1__mixer__E": torch.zeros(2)}, "unexpected: layers.1.mixer.E"),
-        ({"norm_f__weight": torch.zeros(3)}, r"misshapen: norm_f.weight \(3,\) instead of \(16,"),
-        ({"cls_token": torch.zeros(1, 1, 16, dtype=torch.int32)}, "not floating point: cls_token"),
-        ({"patch_embed__proj__weight": None}, "no tensor 'patch_embed.proj.weight'"),
-        ({"patch_embed__proj__weight": torch.zeros(16, 3, 1, 16, 16)}, "has 4 axes"),
-        ({"layers__0__mixer__A_log": None}, "no tensor 'layers.0.mixer.A_log'"),
-        ({"prompt_scale": torch.zeros(24, 16)}, "convert_svp_checkpoint"),
-        ({"svp.alpha": torch.zeros(3, 16)}, "load_adapter"),
-    ],
-)
-def test_keys_that_do_not_fit_are_named(
-    changes: dict[str, Tensor | None], message: str, tmp_path: Path
-) -> None:
-    path = tmp_path / "vim.safetensors"
-    save_file(changed(tiny_vim().state_dict(), **changes), path)
-    with pytest.raises(CheckpointError, match=message):
-        load_vim(path)
-
-
-class Malicious:
-    """Runs a command when it is unpickled by anything less careful than load_vim."""
-
-    def __init__(self, target: Path) -> None:
-        self.command = f"touch {target}"
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.system, (self.command,)
-
-
-@pytest.mark.parametrize("archive", [True, False])
-@pytest.mark.parametrize("name", ["vim.pth", "vim.bin", "vim.pt"])
-def test_code_in_a_pickle_is_never_run(name: str, archive: bool, tmp_path: Path) -> None:
-    path, target = tmp_path / name, tmp_path / "ran"
-    state = {"model": tiny_vim().state_dict(), "args": Malicious(target)}
-    torch.save(state, path, _use_new_zipfile_serialization=archive)
-    with pytest.raises(CheckpointError, match=r"posix.system|GLOBAL"):
-        load_vim(path)
-    assert not target.exists()
-    # the same file does run code where nobody looks: the test above can fail
-    torch.load(path, weights_only=False)
-    assert target.exists()
-
-
-def test_reading_a_namespace_does_not_allow_it_for_good(tmp_path: Path) -> None:
-    path = write_official(tmp_path / "vim.pth", tiny_vim())
-    load_vim(path)
-    with pytest.raises(pickle.UnpicklingError, match="Namespace"):
-        torch.load(path, weights_only=True)
-
-
-def damaged_files() -> dict[str, bytes]:
-    return {
-        "empty.pth": b"",
-        "empty.safetensors": b"",
-        "page.pth": b"\n<!doctype html><html>404</html>",
-        "pointer.safetensors": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n",
-        "noise.pth": bytes(range(256)) * 8,
-        "noise.safetensors": bytes(range(256)) * 8,
-        "number.pth": b"",
-        "list.pth": b"",
-    }
-
-
-@pytest.mark.parametrize("name", damaged_files())
-def test_a_damaged_file_is_a_clear_error(name: str, tmp_path: Path) -> None:
-    path = tmp_path / name
-    path.write_bytes(damaged_files()[name])
-    if name in ("number.pth", "list.pth"):
-        torch.save(3 if name == "number.pth" else [torch.zeros(2)], path)
-    with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
-        load_vim(path)
-
-
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_a_file_cut_anywhere_is_a_clear_error(suffix: str, tmp_path: Path) -> None:
-    path = tmp_path / f"vim{suffix}"
-    if suffix == ".pth":
-        write_official(path, tiny_vim())
-    else:
-        save_file(tiny_vim().state_dict(), path)
-    whole = path.read_bytes()
-    for part in (0.001, 0.1, 0.5, 0.9, 0.999):
-        path.write_bytes(whole[: int(len(whole) * part)])
-        with pytest.raises(CheckpointError, match="vim"):
-            load_vim(path)
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "nowhere.pth", "a/b/c"])

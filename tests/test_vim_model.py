@@ -143,30 +143,6 @@ def test_half_of_the_directions_sum_is_what_the_old_spelling_turns_off_too() -> 
         VisionMamba(**SMALL, if_divide_out=True, if_devide_out=False)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"bimamba_type": "v3"}, "bimamba_type='v3'"),
-        ({"final_pool_type": "avg"}, "final_pool_type='avg'"),
-        ({"img_size": 2}, "smaller than patch_size"),
-        ({"drop_block_rate": 0.1}, "drop_block_rate=0.1"),
-        ({"ssm_cfg": {"dt_init": "zeros"}}, "dt_init='zeros'"),
-        ({"if_rope": True, "img_size": 12}, "grid is 3x3"),
-        ({"if_rope": True, "img_size": (16, 32)}, "grid is 4x8"),
-        ({"if_rope": True, "use_double_cls_token": True}, "2 class tokens"),
-        ({"if_rope": True, "embed_dim": 18}, "embed_dim=18"),
-    ],
-)
-def test_an_argument_that_cannot_work_is_named(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        VisionMamba(**{**SMALL, **arguments})
-
-
-def test_an_unknown_argument_is_refused() -> None:
-    with pytest.raises(TypeError, match="if_biderectional"):
-        VisionMamba(**SMALL, if_biderectional=True)
-
-
 def test_images_of_another_size_are_refused_with_both_sizes() -> None:
     with pytest.raises(InputError, match=r"\(2, 3, 16, 20\).*16, 16"):
         small_model()(torch.randn(2, 3, 16, 20))

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from svp_peft.errors import CheckpointError, InputError
-from svp_peft.vim.embedding import grid_of, pair
+from svp_peft.vim.arguments import pair
+from svp_peft.vim.embedding import grid_of
 from svp_peft.vim.files import Checkpoint
 from svp_peft.vim.geometry import ARGUMENTS, complete_arguments
 from svp_peft.vim.model import VisionMamba
@@ -59,7 +61,7 @@ def load_vim(
         CheckpointError: missing, unexpected or misshapen tensors (they are named), a damaged or
             unsafe file, or no file that can be chosen.
         HubError: the Hub refused or cannot be reached.
-        InputError: an unknown keyword.
+        InputError: an unknown keyword, or an argument that cannot work, passed or in the config.
     """
     unknown = sorted(arguments.keys() - ARGUMENTS)
     if unknown:
@@ -90,7 +92,7 @@ def build_vim(
     """The model of a checkpoint that was read already; see `load_vim`."""
     options = dict(arguments or {})
     placement = {key: options.pop(key) for key in ("device", "dtype") if key in options}
-    target = None if img_size is None else pair(img_size)
+    target = None if img_size is None else pair(img_size, "img_size")
     complete = complete_arguments(
         checkpoint.state,
         {**checkpoint.config, **options},
@@ -145,6 +147,11 @@ def _load_exactly(model: VisionMamba, state: dict[str, Tensor], source: str) -> 
         ],
         "not floating point": sorted(
             name for name, tensor in state.items() if not tensor.is_floating_point()
+        ),
+        "without plain values": sorted(
+            name
+            for name, tensor in state.items()
+            if tensor.is_meta or tensor.layout != torch.strided
         ),
     }
     found = [f"{kind}: {_some(names)}" for kind, names in problems.items() if names]

@@ -7,15 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from svp_peft.errors import InputError
+from svp_peft.vim.arguments import pair
 from svp_peft.vim.bare import is_bare
-
-
-def pair(value: int | tuple[int, int] | list[int]) -> tuple[int, int]:
-    """(height, width) from one number or from two."""
-    if isinstance(value, int):
-        return value, value
-    height, width = value
-    return int(height), int(width)
 
 
 def grid_of(
@@ -43,9 +36,9 @@ class PatchEmbed(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.img_size = pair(img_size)
-        self.patch_size = pair(patch_size)
-        self.stride = pair(stride)
+        self.img_size = pair(img_size, "img_size")
+        self.patch_size = pair(patch_size, "patch_size")
+        self.stride = pair(stride, "stride")
         self.grid_size = grid_of(self.img_size, self.patch_size, self.stride)
         if min(self.grid_size) < 1:
             raise InputError(

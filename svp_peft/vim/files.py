@@ -24,6 +24,7 @@ ENTRY_NAME_KEY = "vim_entry_name"
 """Keys in a safetensors file's metadata: constructor arguments as JSON, and `entry_name`."""
 
 _CONTAINERS = ("model", "state_dict", "module")
+_MOST_CONTAINERS = 8
 _WRAPPERS = ("module.", "_orig_mod.", "model.")
 
 
@@ -75,14 +76,21 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
 
 
 def _refuse_pointer(path: Path) -> None:
-    with path.open("rb") as file:
-        start = file.read(64)
+    try:
+        with path.open("rb") as file:
+            start = file.read(64)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error.strerror}). Check the rights of the file."
+        ) from error
     if start.startswith(b"version https://git-lfs"):
         raise CheckpointError(
             f"{path} is a Git LFS pointer and not the checkpoint itself. Run `git lfs pull` in "
             f"its folder."
         )
-    if start.lstrip()[:1] == b"<":
+    # a safetensors file begins with the length of its header, whose bytes may spell " <"; but it is
+    # a 64-bit number, and text has no zero bytes
+    if start.lstrip()[:1] == b"<" and 0 not in start[:8]:
         raise CheckpointError(
             f"{path} is a web page and not a checkpoint: a download was answered by an error or "
             f"a login page. Download it again."
@@ -186,7 +194,8 @@ def _checkpoint(
     raw: Mapping[Any, Any], config: Mapping[Any, Any], entry_name: str | None, source: str
 ) -> Checkpoint:
     """Take off what training scripts, DDP and torch.compile put around a state_dict."""
-    while True:
+    # a mapping in a pickle may hold itself, so the unwrapping must end
+    for _ in range(_MOST_CONTAINERS):
         inner = next((raw[k] for k in _CONTAINERS if isinstance(raw.get(k), Mapping)), None)
         if inner is None:
             break

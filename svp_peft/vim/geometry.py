@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
-from svp_peft.errors import CheckpointError
-from svp_peft.vim.embedding import grid_of, pair
+from svp_peft.errors import CheckpointError, InputError
+from svp_peft.vim.arguments import pair
+from svp_peft.vim.embedding import grid_of
 from svp_peft.vim.model import VisionMamba
 
 DEFAULT_IMAGE = (224, 224)
@@ -48,13 +49,14 @@ def complete_arguments(
 
     Raises:
         CheckpointError: `state` is not a Vim's, or `config` contradicts it.
+        InputError: a value in `config` cannot work.
     """
     stated = _stated(config)
     shapes = _from_shapes(state, source)
     for name, found in shapes.items():
         given = stated.get(name, found)
         if name == "patch_size":
-            given = pair(given)
+            given = pair(given, name)
         if name not in ("num_classes", "ssm_cfg", "init_layer_scale") and given != found:
             raise CheckpointError(
                 f"{source}: the config says {name}={given!r}, but the tensors have {found!r}. "
@@ -67,14 +69,13 @@ def complete_arguments(
         "final_pool_type": "mean",
     }
     arguments = {**soft, **_from_entry_name(entry_name), **stated, **shapes}
-    patches = _num_patches(state, arguments)
+    image, stride = (
+        None if stated.get(name) is None else pair(stated[name], name)
+        for name in ("img_size", "stride")
+    )
+    patches = _num_patches(state, arguments, source)
     arguments["img_size"], arguments["stride"] = _image_and_stride(
-        patches,
-        shapes["patch_size"],
-        None if stated.get("img_size") is None else pair(stated["img_size"]),
-        None if stated.get("stride") is None else pair(stated["stride"]),
-        target_image,
-        source,
+        patches, shapes["patch_size"], image, stride, target_image, source
     )
     return arguments
 
@@ -89,9 +90,14 @@ def _stated(config: Mapping[str, Any]) -> dict[str, Any]:
             stated["if_divide_out"] = old_spelling
     if stated.pop("if_bimamba", False):
         stated["bimamba_type"] = "v1"
-    d_state = (stated.get("ssm_cfg") or {}).get("d_state")
-    if d_state is not None:
-        stated["d_state"] = d_state
+    ssm_cfg = stated.get("ssm_cfg") or {}
+    if not isinstance(ssm_cfg, Mapping):
+        raise InputError(
+            f"ssm_cfg={ssm_cfg!r} holds no arguments of the mixer. Pass a dict such as "
+            f"{{'d_state': 16}}, or leave it out."
+        )
+    if ssm_cfg.get("d_state") is not None:
+        stated["d_state"] = ssm_cfg["d_state"]
     return stated
 
 
@@ -99,23 +105,8 @@ def _from_shapes(state: Mapping[str, Tensor], source: str) -> dict[str, Any]:
     """The arguments that follow from the tensors alone."""
     _refuse_other_families(state, source)
 
-    def shape(name: str) -> tuple[int, ...]:
-        if name not in state:
-            raise CheckpointError(
-                f"{source} has no tensor {name!r}, so it is not a Vim's state_dict; it has "
-                f"{len(state)} tensors, {sorted(state)[:6]} among them. Load a checkpoint of "
-                f"hustvl/Vim, or pick the right file with filename=."
-            )
-        return tuple(state[name].shape)
-
     def dimensions(name: str, count: int) -> tuple[int, ...]:
-        found = shape(name)
-        if len(found) != count:
-            raise CheckpointError(
-                f"{source}: {name} has shape {found}, but a Vim's has {count} axes. The file is "
-                f"of another kind of model."
-            )
-        return found
+        return _dimensions(state, name, count, source)
 
     embed_dim, channels, *patch = dimensions("patch_embed.proj.weight", 4)
     mixer = "layers.0.mixer."
@@ -129,12 +120,12 @@ def _from_shapes(state: Mapping[str, Tensor], source: str) -> dict[str, Any]:
         bimamba_type = "v1" if has(mixer + "A_b_log") else "none"
     double = has("cls_token_head")
     return {
-        "depth": _depth(state),
+        "depth": _depth(state, source),
         "embed_dim": embed_dim,
         "channels": channels,
         "patch_size": (patch[0], patch[1]),
         "d_state": d_state,
-        "num_classes": shape("head.weight")[0] if has("head.weight") else 0,
+        "num_classes": dimensions("head.weight", 2)[0] if has("head.weight") else 0,
         "bimamba_type": bimamba_type,
         "if_cls_token": double or has("cls_token"),
         "use_double_cls_token": double,
@@ -144,7 +135,7 @@ def _from_shapes(state: Mapping[str, Tensor], source: str) -> dict[str, Any]:
         "init_layer_scale": 1.0 if has(mixer + "gamma") else None,
         "ssm_cfg": {
             "d_conv": d_conv,
-            "expand": d_inner / embed_dim,
+            "expand": _expansion(d_inner, embed_dim),
             "dt_rank": dt_rank,
             "conv_bias": has(mixer + "conv1d.bias"),
             "bias": has(mixer + "in_proj.bias"),
@@ -166,9 +157,39 @@ def _refuse_other_families(state: Mapping[str, Tensor], source: str) -> None:
         )
 
 
-def _depth(state: Mapping[str, Tensor]) -> int:
-    found = (re.match(r"layers\.(\d+)\.", name) for name in state)
-    return 1 + max((int(match[1]) for match in found if match), default=-1)
+def _dimensions(state: Mapping[str, Tensor], name: str, count: int, source: str) -> tuple[int, ...]:
+    """The shape of a tensor that every such Vim has, of `count` axes."""
+    if name not in state:
+        raise CheckpointError(
+            f"{source} has no tensor {name!r}, so it is not a Vim's state_dict; it has "
+            f"{len(state)} tensors, {sorted(state)[:6]} among them. Load a checkpoint of "
+            f"hustvl/Vim, or pick the right file with filename=."
+        )
+    shape = tuple(state[name].shape)
+    if len(shape) != count or 0 in shape:
+        raise CheckpointError(
+            f"{source}: {name} has shape {shape}, but a Vim's has {count} axes and none of length "
+            f"0. The file is of another kind of model, or damaged."
+        )
+    return shape
+
+
+def _depth(state: Mapping[str, Tensor], source: str) -> int:
+    matches = (re.match(r"layers\.(\d+)\.", name) for name in state)
+    found = {int(match[1]) for match in matches if match}
+    absent = [index for index in range(len(found)) if index not in found]
+    if absent:
+        raise CheckpointError(
+            f"{source} has tensors of {len(found)} blocks, up to layers.{max(found)}, and none of "
+            f"layers.{absent[0]}. It is incomplete, or of another kind of model; get it again."
+        )
+    return len(found)
+
+
+def _expansion(d_inner: int, embed_dim: int) -> float:
+    """The factor of which a mixer makes `d_inner`, by rounding down, again."""
+    expand = d_inner / embed_dim
+    return expand if int(expand * embed_dim) == d_inner else math.nextafter(expand, math.inf)
 
 
 def _from_entry_name(name: str | None) -> dict[str, Any]:
@@ -184,12 +205,22 @@ def _from_entry_name(name: str | None) -> dict[str, Any]:
     return {**said, "final_pool_type": pool[1]} if pool else said
 
 
-def _num_patches(state: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> int | None:
+def _num_patches(
+    state: Mapping[str, Tensor], arguments: Mapping[str, Any], source: str
+) -> int | None:
     """Patches per image, or None where no tensor tells."""
     if "pos_embed" in state:
         tokens = (2 if arguments["use_double_cls_token"] else 1) * arguments["if_cls_token"]
-        return state["pos_embed"].shape[1] - tokens
-    return state["rope.freqs_cos"].shape[0] if "rope.freqs_cos" in state else None
+        positions = _dimensions(state, "pos_embed", 3, source)[1]
+        if positions <= tokens:
+            raise CheckpointError(
+                f"{source} has {positions} position embeddings, which its {tokens} class tokens "
+                f"use up: none is left for a patch. The file is damaged; get it again."
+            )
+        return positions - tokens
+    if "rope.freqs_cos" in state:
+        return _dimensions(state, "rope.freqs_cos", 2, source)[0]
+    return None
 
 
 def _image_and_stride(

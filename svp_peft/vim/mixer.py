@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from svp_peft import ops
 from svp_peft.errors import InputError
+from svp_peft.vim import arguments
 from svp_peft.vim.bare import FrozenWeights, every_module_is_hooked, is_bare
 
 BIMAMBA_TYPES = ("none", "v1", "v2")
@@ -91,21 +92,26 @@ class VimMixer(nn.Module):
                 that starts at this value.
 
         Raises:
-            InputError: an unknown bimamba_type or dt_init.
+            InputError: an unknown bimamba_type or dt_init, or a size or number that cannot work.
         """
         super().__init__()
-        if bimamba_type not in BIMAMBA_TYPES:
-            raise InputError(
-                f"bimamba_type={bimamba_type!r} is unknown: a mixer scans forwards ('none') or in "
-                f"both directions with shared ('v1') or own ('v2') weights. Use one of "
-                f"{list(BIMAMBA_TYPES)}."
-            )
+        meaning = (
+            "a mixer scans forwards ('none') or in both directions with shared ('v1') or own "
+            "('v2') weights"
+        )
+        arguments.check_choice("bimamba_type", bimamba_type, BIMAMBA_TYPES, meaning)
+        rank = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
+        arguments.check_counts(1, d_model=d_model, d_state=d_state, d_conv=d_conv, dt_rank=rank)
+        arguments.check_numbers(1 / d_model, math.inf, expand=expand)
+        arguments.check_flags(conv_bias=conv_bias, bias=bias)
+        if init_layer_scale is not None:
+            arguments.check_numbers(-math.inf, math.inf, init_layer_scale=init_layer_scale)
         self.d_model = d_model
         self.d_state = d_state
         self.d_conv = d_conv
         self.expand = expand
         self.d_inner = int(expand * d_model)
-        self.dt_rank = math.ceil(d_model / 16) if isinstance(dt_rank, str) else dt_rank
+        self.dt_rank = int(rank)
         self.use_fast_path = use_fast_path
         self.layer_idx = layer_idx
         self.bimamba_type = bimamba_type

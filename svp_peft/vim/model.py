@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from svp_peft.errors import InputError
+from svp_peft.vim import arguments
 from svp_peft.vim.block import Block, RMSNorm, add_norm, drop_path, drop_rates
 from svp_peft.vim.embedding import PatchEmbed, RotaryEmbedding
 from svp_peft.vim.init import init_head, init_patches, init_stack, new_embedding
@@ -114,12 +116,29 @@ class VisionMamba(nn.Module):
             InputError: an argument that cannot work.
         """
         super().__init__()
-        divide = _one_spelling(if_divide_out, if_devide_out)
-        if final_pool_type not in POOL_TYPES:
-            raise InputError(
-                f"final_pool_type={final_pool_type!r} is unknown: it says how tokens become one "
-                f"feature where there is no class token. Use one of {list(POOL_TYPES)}."
-            )
+        divide = arguments.one_spelling(if_divide_out, if_devide_out)
+        arguments.check_counts(1, embed_dim=embed_dim, d_state=d_state, channels=channels)
+        arguments.check_counts(0, depth=depth, num_classes=num_classes)
+        arguments.check_numbers(0.0, 1.0, drop_rate=drop_rate, drop_path_rate=drop_path_rate)
+        arguments.check_numbers(0.0, math.inf, norm_epsilon=norm_epsilon)
+        arguments.check_numbers(
+            -math.inf, math.inf, flip_img_sequences_ratio=flip_img_sequences_ratio
+        )
+        arguments.check_flags(
+            rms_norm=rms_norm,
+            fused_add_norm=fused_add_norm,
+            residual_in_fp32=residual_in_fp32,
+            if_bidirectional=if_bidirectional,
+            if_abs_pos_embed=if_abs_pos_embed,
+            if_rope=if_rope,
+            if_rope_residual=if_rope_residual,
+            if_bimamba=if_bimamba,
+            if_cls_token=if_cls_token,
+            use_double_cls_token=use_double_cls_token,
+            use_middle_cls_token=use_middle_cls_token,
+        )
+        meaning = "it says how tokens become one feature where there is no class token"
+        arguments.check_choice("final_pool_type", final_pool_type, POOL_TYPES, meaning)
         if drop_block_rate is not None:
             raise InputError(
                 f"drop_block_rate={drop_block_rate!r} is not supported: a Vim has no feature maps "
@@ -379,13 +398,3 @@ class VisionMamba(nn.Module):
             residual_in_fp32=self.residual_in_fp32,
             dropping=dropping,
         )[0]
-
-
-def _one_spelling(divide: bool | None, devide: bool | None) -> bool:
-    if divide is not None and devide is not None and bool(divide) != bool(devide):
-        raise InputError(
-            f"if_divide_out={divide} and if_devide_out={devide} contradict each other: they are "
-            f"the new and the old spelling of one option. Pass if_divide_out alone."
-        )
-    given = devide if divide is None else divide
-    return True if given is None else bool(given)
