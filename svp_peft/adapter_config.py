@@ -13,6 +13,9 @@ FORMAT_VERSION = 1
 PEFT_TYPE = "SVP"
 
 _MAX_CONFIG = 1_000_000
+# building the list of keys takes time for every block; Vision Mambas have a few dozen
+_MAX_DEPTH = 4096
+_MAX_COUNT = 1_000_000
 _SVP_FIELDS = tuple(field.name for field in fields(SVPConfig))
 # what every adapter of the peft library has; of no meaning here, but tools look for them
 _PEFT_KEYS: dict[str, Any] = {"auto_mapping": None, "inference_mode": True, "task_type": None}
@@ -99,7 +102,7 @@ def parse_config(data: bytes, where: str) -> AdapterInfo:
             "Save the adapter again with save_adapter."
         )
     d_model = arch.get("d_model")
-    _check_count(arch.get("depth"), f"{where}: base_arch.depth")
+    _check_count(arch.get("depth"), f"{where}: base_arch.depth", _MAX_DEPTH)
     for width in d_model if isinstance(d_model, list) else [d_model]:
         _check_count(width, f"{where}: base_arch.d_model")
     if isinstance(d_model, list) and len(d_model) != arch["depth"]:
@@ -235,9 +238,9 @@ def _check_keys(raw: dict[str, Any], where: str) -> None:
     )
 
 
-def _check_count(value: object, what: str) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 1_000_000:
+def _check_count(value: object, what: str, most: int = _MAX_COUNT) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
         raise AdapterConfigError(
-            f"{what} is {value!r}, not an integer from 1 to 1000000. "
+            f"{what} is {value!r}, not an integer from 1 to {most}. "
             "Save the adapter again with save_adapter."
         )

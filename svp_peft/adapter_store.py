@@ -8,15 +8,16 @@ the old one: a process killed at any time leaves one of the two, whole.
 import contextlib
 import os
 import secrets
+import stat
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from svp_peft.adapter_config import CONFIG_NAME
 from svp_peft.adapter_format import WEIGHTS_NAME, AdapterContents, decode
 from svp_peft.download import is_repo_id, open_repo
-from svp_peft.errors import AdapterNotFoundError, AdapterSaveError, HubError
+from svp_peft.errors import AdapterNotFoundError, AdapterSaveError, HubError, InputError
 
 _ABANDONED_AFTER = 3600.0  # seconds; a temporary file this old belongs to no living save
 
@@ -60,16 +61,19 @@ def read_adapter(path_or_repo: str | os.PathLike[str], options: HubOptions) -> A
 
     Raises:
         AdapterNotFoundError: no such folder or repository, or an adapter's file is missing in it.
+        InputError: `subfolder` leads out of the folder or repository.
         HubError: the repository cannot be had.
         AdapterConfigError, AdapterWeightsError: see `adapter_format.decode`.
     """
     text = os.fspath(path_or_repo)
     path = Path(text).expanduser()
-    if path.is_dir():
+    _check_inside(options.subfolder)
+    # not Path.is_dir, which raises where a name is too long
+    if os.path.isdir(path):
         where = path / options.subfolder if options.subfolder else path
         config, weights = _read_folder(where)
         return decode(config, weights, where=str(where), one_commit=False)
-    if path.exists():
+    if os.path.exists(path):
         raise AdapterNotFoundError(f"{text} is a file; an adapter is a folder. {_advice(path)}")
     if not isinstance(path_or_repo, str) or not is_repo_id(text):
         raise AdapterNotFoundError(
@@ -86,11 +90,27 @@ def _read_folder(folder: Path) -> tuple[bytes, bytes]:
     _check_present(str(folder), names, where_else=_subfolders(folder))
     try:
         # the config first: if a save comes between, the newer weights bring their own config
-        return (folder / CONFIG_NAME).read_bytes(), (folder / WEIGHTS_NAME).read_bytes()
+        return _read_file(folder / CONFIG_NAME), _read_file(folder / WEIGHTS_NAME)
     except OSError as error:
         raise AdapterNotFoundError(
             f"the adapter in {folder} cannot be read: {error}. Check its rights and the disk."
         ) from error
+
+
+def _read_file(file: Path) -> bytes:
+    # reading a named pipe would wait for ever, and a device may have no end
+    if not stat.S_ISREG(file.stat().st_mode):
+        raise OSError(f"{file.name} is not a regular file")
+    return file.read_bytes()
+
+
+def _check_inside(subfolder: str | None) -> None:
+    parts = PurePosixPath(subfolder or "").parts
+    if parts[:1] == ("/",) or ".." in parts:
+        raise InputError(
+            f"subfolder={subfolder!r} leads out of the folder or repository. Pass a path inside "
+            "it, such as 'birds', or the other folder itself."
+        )
 
 
 def _read_repo(repo_id: str, options: HubOptions) -> AdapterContents:

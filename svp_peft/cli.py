@@ -167,9 +167,11 @@ def _print_report(report: dict[str, Any]) -> None:
         print(f"  {key:<25}{json.dumps(config[key])}")
     print("\ntensors")
     for row in report["tensors"]:
+        # a key may hold anything, codes that a terminal obeys too
+        key = json.dumps(row["key"])[1:-1]
         shape = "x".join(str(size) for size in row["shape"])
         largest = "not finite" if row["max_abs"] is None else f"largest {row['max_abs']:.3g}"
-        print(f"  {row['key']:<34}{shape:<12}{row['dtype']:<10}{largest}")
+        print(f"  {key:<34}{shape:<12}{row['dtype']:<10}{largest}")
     print(f"\nhealth: {'good' if health['ok'] else 'BAD'}")
     for line in [*health["problems"], *health["notes"]]:
         print(f"  {line}")

@@ -15,6 +15,9 @@ CrossSource = Literal["token", "released"]
 BASE_ADAPTER = "__base__"
 """Reserved name that stands for the unprompted base model with its own head."""
 
+_MOST = 1_000_000
+"""Largest number of any field: more is a slip, and would be asked of the memory."""
+
 _ADAPTER_NAME = re.compile(r"[A-Za-z0-9_-]+")
 _MODULE_PATH = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 
@@ -159,8 +162,8 @@ def check_adapter_name(name: object) -> str:
 
 
 def _check_positive_int(name: str, value: object, reason: str) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"{name}={value!r} must be an integer of at least 1: {reason}")
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _MOST:
+        raise ConfigError(f"{name}={value!r} must be an integer from 1 to {_MOST}: {reason}")
 
 
 def _checked_dropout(value: object) -> float:

@@ -384,6 +384,11 @@ def _in_subfolder(folder: Path) -> Path:
     return folder.parent
 
 
+def _a_pipe(folder: Path) -> None:
+    (folder / CONFIG_NAME).unlink()
+    os.mkfifo(folder / CONFIG_NAME)
+
+
 def _a_file(folder: Path) -> Path:
     return folder / WEIGHTS_NAME
 
@@ -467,6 +472,7 @@ BAD_FILES = {
     "1 no weights": (_no_weights, AdapterNotFoundError, rf"no {WEIGHTS_NAME}.*{CONFIG_NAME}"),
     "1 no config": (_no_config, AdapterNotFoundError, rf"no {CONFIG_NAME}.*save again"),
     "1 subfolder": (_in_subfolder, AdapterNotFoundError, r"\['adapter'\].*pass subfolder="),
+    "1 pipe": (_a_pipe, AdapterNotFoundError, "is not a regular file"),
     "1 a file": (_a_file, AdapterNotFoundError, "is a file; an adapter is a folder"),
     # 2: not a config
     "2 not JSON": (_config('{\n "peft_type" "SVP"}'), AdapterConfigError, "line 2, column 14"),
@@ -495,6 +501,9 @@ BAD_FILES = {
     "4 dropout NaN": (_key(dropout=float("nan")), AdapterConfigError, "NaN is not JSON"),
     "4 depth": (_key(base_arch={"depth": -1, "d_model": 16}), AdapterConfigError,
                 r"base_arch\.depth is -1"),
+    "4 endless": (_key(base_arch={"depth": 1_000_000, "d_model": 16}), AdapterConfigError,
+                  r"base_arch\.depth is 1000000"),
+    "4 width": (_key(inner_bottleneck=10**30), AdapterConfigError, "from 1 to 1000000"),
     "4 no arch": (_key(base_arch=None), AdapterConfigError, "base_arch is None"),
     "4 layers": (_key(layers=[99]), AdapterConfigError, "block 99.*4 blocks"),
     "4 classes": (_key(num_classes=0), AdapterConfigError, "num_classes is 0"),
@@ -570,6 +579,20 @@ def test_bad_input_is_named_and_leaves_the_model_as_it_was(folder, case, patched
     assert str(folder.parent) in str(raised.value)
     assert len(str(raised.value).split(". ")) + str(raised.value).count(": ") >= 2
     assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("subfolder", ["../adapter", "a/../../adapter", "/adapter"])
+def test_subfolder_may_not_lead_out_of_the_folder(folder, subfolder):
+    with pytest.raises(InputError, match="leads out of"):
+        load_adapter(base(), folder, subfolder=subfolder)
+    # in a repository too, before the Hub or its cache are asked
+    with pytest.raises(InputError, match="leads out of"):
+        load_adapter(base(), "owner/name", subfolder=subfolder, local_files_only=True)
+
+
+def test_a_path_longer_than_any_folders_is_not_found():
+    with pytest.raises(AdapterNotFoundError, match="no folder"):
+        load_adapter(base(), "x" * 5000)
 
 
 def test_every_kind_of_bad_input_has_a_wording_of_its_own(tmp_path):

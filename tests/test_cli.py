@@ -70,6 +70,15 @@ def test_inspect_of_a_sick_adapter_says_what_it_has_and_exits_with_1(folder, cap
     assert "svp.beta holds 1 NaN" in json.loads(out)["health"]["problems"][0]
 
 
+def test_inspect_shows_the_codes_in_a_hostile_key_and_sends_none_to_the_terminal(folder, capsys):
+    tensors = load_file(folder / WEIGHTS_NAME) | {"svp.\x1b[2J": torch.ones(1)}
+    save_file(tensors, folder / WEIGHTS_NAME)
+    code, out, err = run(capsys, "inspect", folder)
+    assert code == 1
+    assert "\x1b" not in out + err
+    assert "svp.\\u001b[2J" in out
+
+
 def test_inspect_notes_an_adapter_that_does_nothing(tmp_path, capsys):
     model = trained()
     torch.nn.init.zeros_(model.svp.alpha)

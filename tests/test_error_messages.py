@@ -58,8 +58,8 @@ def test_the_method_raises_its_own_errors_only(module):
 CASES = {
     "config": (
         lambda: svp_peft.SVPConfig(cross_group_size=0),
-        "cross_group_size=0 must be an integer of at least 1: it counts the blocks that share a "
-        "cross prompter. Try 8.",
+        "cross_group_size=0 must be an integer from 1 to 1000000: it counts the blocks that share "
+        "a cross prompter. Try 8.",
     ),
     "second apply": (
         lambda: svp_peft.apply_svp(patched(), CONFIG),
