@@ -3,6 +3,7 @@
 Tolerances: see cpu_cases.py.
 """
 
+import importlib
 import os
 import subprocess
 import sys
@@ -15,7 +16,10 @@ from torch import Tensor
 from svp_peft import SVPConfig, VisionMamba, apply_svp
 from svp_peft.errors import BackendError
 from svp_peft.ops import backends, cpu, reference
+from svp_peft.vim.mixer import VimMixer
 from tests.ops.cpu_cases import ALL, arguments, backward, options, relative, scan_inputs, single
+
+mixer_op = importlib.import_module("svp_peft.ops.mixer_op")
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(
@@ -191,6 +195,27 @@ def test_other_instruction_sets_give_the_same_numbers(capability: str) -> None:
     )
     assert done.returncode == 0, done.stdout[-3000:]
     assert "passed" in done.stdout
+
+
+def test_a_large_batch_goes_through_the_mixer_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    mixer = VimMixer(16, bimamba_type="v2")
+    tokens = torch.randn(5, 9, 16, requires_grad=True)
+    inputs = (tokens, *mixer.parameters())
+
+    def run() -> tuple[Tensor, ...]:
+        out = mixer(tokens)
+        return out, *torch.autograd.grad(out.square().sum(), inputs)
+
+    whole = run()
+    sizes: list[int] = []
+    forward = mixer_op.forward_pass
+    monkeypatch.setattr(
+        mixer_op, "forward_pass", lambda h, *rest: sizes.append(len(h)) or forward(h, *rest)
+    )
+    monkeypatch.setattr(mixer_op, "_AT_ONCE_ON_CPU", 2 * 9 * 64)  # two images
+    for part, truth in zip(run(), whole, strict=True):
+        assert relative(part, truth) < 2e-6
+    assert sizes == [2, 2, 1]
 
 
 def test_a_named_backend_serves_a_patched_model_under_autocast():
