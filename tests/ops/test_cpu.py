@@ -126,6 +126,23 @@ def test_prompt_and_its_gradients_match_float64(shape: tuple[int, int, int]) -> 
         assert relative(value, true) < 2e-6
 
 
+@pytest.mark.usefixtures("poisoned")
+def test_an_empty_batch_gives_every_parameter_a_gradient_of_zeros() -> None:
+    empty, width = torch.zeros(0, 5, 24), torch.randn(24)
+    taps = (torch.randn(24, 4), torch.randn(24, 4))
+    _, d_weight, d_bias = cpu.conv_silu_backward(
+        (empty, empty), empty, taps, (width, width), (False, True),
+        need_x=True, need_weight=True, need_bias=True,
+    )  # fmt: skip
+    _, _, d_gain, d_shift = cpu.add_norm_backward(
+        empty, None, empty, width, eps=1e-5, rms=False, need_weight=True, need_bias=True,
+        hidden_dtype=torch.float32, residual_in_dtype=None,
+    )  # fmt: skip
+    _, _, d_alpha, d_beta = cpu.prompt_backward(empty, empty, empty, width, width, ())
+    for gradient in (*d_weight, *d_bias, d_gain, d_shift, d_alpha, d_beta):
+        assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
 def test_prompt_with_zero_scales_is_the_identity_bit_for_bit() -> None:
     x, other = torch.randn(2, 9, 48), torch.randn(2, 9, 48)
     x[0, 0, :3] = torch.tensor([1e-40, -1e-40, 3e38])

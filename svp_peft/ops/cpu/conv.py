@@ -43,10 +43,11 @@ def conv_silu_backward(
     """
     dx = (x.new_empty(x.shape) if dx_out is None else dx_out) if need_x else None
     d_weight = d_bias = None
+    # sums over the tokens, of which there may be none
     if need_weight:
-        d_weight = tuple(x.new_empty(w.shape, dtype=torch.float32) for w in weight)
+        d_weight = tuple(x.new_zeros(w.shape, dtype=torch.float32) for w in weight)
     if need_bias and bias is not None:
-        d_bias = tuple(x.new_empty(b.shape, dtype=torch.float32) for b in bias)
+        d_bias = tuple(x.new_zeros(b.shape, dtype=torch.float32) for b in bias)
     call = _inputs(x, weight, bias, reverse)
     call.rows(x)
     last = len(grads) - 1

@@ -54,8 +54,9 @@ def add_norm_backward(
     """
     total = residual_out.to(torch.float32)
     d_total = torch.empty_like(total, memory_format=torch.contiguous_format)
-    d_weight = total.new_empty(weight.shape) if need_weight else None
-    d_bias = total.new_empty(weight.shape) if need_bias else None
+    # sums over the tokens, of which there may be none
+    d_weight = total.new_zeros(weight.shape) if need_weight else None
+    d_bias = total.new_zeros(weight.shape) if need_bias else None
     call = Call()
     call.numbers(*_tokens(total).shape, rms)
     for tensor in (grad_y, grad_residual_out):

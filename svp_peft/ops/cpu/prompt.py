@@ -41,12 +41,14 @@ def prompt_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of cross, inner, alpha and beta; x's is `grad` itself."""
 
-    def like(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.new_empty(tensor.shape, dtype=torch.float32)
-
-    d_cross, d_inner = like(cross), like(inner)
-    d_alpha = None if cross is None else like(alpha)
-    d_beta = None if inner is None else like(beta)
+    d_cross, d_inner = (
+        None if t is None else t.new_empty(t.shape, dtype=torch.float32) for t in (cross, inner)
+    )
+    # sums over the tokens, of which there may be none
+    d_alpha, d_beta = (
+        None if t is None or scale is None else scale.new_zeros(scale.shape, dtype=torch.float32)
+        for t, scale in ((cross, alpha), (inner, beta))
+    )
     positions = torch.tensor(list(skip), dtype=torch.int64)
     call = Call()
     call.numbers(*grad.shape)
