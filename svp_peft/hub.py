@@ -8,6 +8,7 @@ download.py.
 """
 
 import logging
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -73,6 +74,8 @@ def push_to_hub(
     Raises:
         HubError: no right to write, no such branch, the Hub failed or cannot be reached.
         NotAppliedError, AdapterNameError, AdapterWeightsError: as `save_adapter`.
+        InputError: `repo_id` or `results` cannot be used, or README.md of the repository cannot
+            be read.
     """
     config, weights = encode_adapter(model, adapter_name)
     return _push(
@@ -173,6 +176,7 @@ def _push(
             f"{repo_id!r} is not the id of a Hub repository. Pass 'owner/name': letters, digits, "
             "'-', '_' and '.', at most 96 of them."
         )
+    _rows(results or {})  # refuses before anything is sent
     info = parse_config(config, CONFIG_NAME)
     if info.svp.base_model_name_or_path is None:
         logger.warning(
@@ -217,7 +221,14 @@ def _existing_card(
             raise
         except EntryNotFoundError:
             return None
-        return Path(path).read_text(encoding="utf-8")
+        try:
+            # not read_text, which would turn a user's \r\n into \n
+            return Path(path).read_bytes().decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"README.md in {repo_id} is not UTF-8 ({error}), so its text cannot be kept. Save "
+                "it as UTF-8, or delete the file."
+            ) from error
 
     return call_hub(fetch, repo_id)
 
@@ -267,19 +278,38 @@ def _body(repo_id: str, info: AdapterInfo, results: list[tuple[str, str, float]]
     lines += [f"| {name} | {value} |" for name, value in rows.items()]
     if results:
         lines += ["", "## Results", "", "| data set | metric | value |", "|---|---|---|"]
-        lines += [f"| {data} | {metric} | {value:g} |" for data, metric, value in results]
+        lines += [
+            f"| {_cell(data)} | {_cell(metric)} | {value:g} |" for data, metric, value in results
+        ]
     return "\n".join([*lines, ""])
 
 
 def _rows(results: Results) -> list[tuple[str, str, float]]:
-    """(data set or "", metric, value) of every result."""
+    """(data set or "", metric, value) of every result; `InputError` if one is no number."""
     rows: list[tuple[str, str, float]] = []
-    for name, value in results.items():
-        if isinstance(value, Mapping):
-            rows += [(name, metric, float(number)) for metric, number in value.items()]
-        else:
-            rows.append(("", name, float(value)))
+    try:
+        for name, value in results.items():
+            inner = value.items() if isinstance(value, Mapping) else ((None, value),)
+            for metric, number in inner:
+                names = (str(name), str(metric)) if metric is not None else ("", str(name))
+                rows.append((*names, float(number)))
+    except (AttributeError, TypeError, ValueError) as error:
+        raise InputError(
+            f"results={results!r} cannot go into the model card ({error}). Pass numbers by metric, "
+            "{'accuracy': 0.9}, or by data set and metric, {'CUB-200': {'accuracy': 0.9}}."
+        ) from error
+    odd = [row for row in rows if not math.isfinite(row[2])]
+    if odd:
+        raise InputError(
+            f"results hold {odd[0][2]} for {odd[0][1]!r}: the Hub takes finite numbers only. Leave "
+            "it out."
+        )
     return rows
+
+
+def _cell(text: str) -> str:
+    """Text that stays within one cell of a Markdown table."""
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 def _eval_results(results: list[tuple[str, str, float]]) -> list[Any]:

@@ -328,7 +328,7 @@ class _HubHandler(_Handler):
 
     def validate_yaml(self, content: str) -> None:
         # the Hub refuses a card whose base_model is a path of the author's machine
-        base = re.search(r"^base_model: *(.+)$", content, re.MULTILINE)
+        base = re.search(r"^base_model: *(.+?)\r?$", content, re.MULTILINE)
         if base and not re.fullmatch(r"[\w.-]+/[\w.-]+", base[1].strip("'\" ")):
             message = f'"base_model" with value "{base[1]}" is not valid. Use a model id.'
             self.send(400, {"errors": [{"message": message}], "warnings": []})

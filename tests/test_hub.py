@@ -190,6 +190,38 @@ def test_text_and_metadata_of_a_users_card_are_kept(hub, client, repo):
         assert line in card
 
 
+def test_card_of_another_editor_keeps_its_line_ends(hub, client, repo):
+    mine = "\ufeff---\r\nlicense: cc-by-4.0\r\n---\r\n# My birds\r\n\r\nHand-written.\r\n"
+    hub.add(repo, {"README.md": mine.encode()})
+    value(client(push, repo))
+    card = hub.files(repo)["README.md"].decode()
+    assert card.startswith("---")
+    assert card.endswith("---\r\n# My birds\r\n\r\nHand-written.\r\n")
+    assert card.count("license: cc-by-4.0") == 1
+
+
+def test_card_that_is_not_utf_8_is_not_replaced(hub, client, repo):
+    hub.add(repo, {"README.md": "Über Vögel".encode("utf-16")})
+    refused(client(push, repo), "InputError", "README.md", "not UTF-8", "Save it as UTF-8")
+    assert set(hub.files(repo)) == {"README.md"}
+
+
+@pytest.mark.parametrize(
+    "results",
+    [{"accuracy": "high"}, {"CUB": {"accuracy": None}}, [0.9], {"accuracy": float("nan")}],
+)
+def test_results_that_are_no_numbers_are_refused_before_anything_is_sent(
+    hub, client, repo, results
+):
+    refused(client(push, repo, results=results), "InputError", "results")
+    assert hub.requests == []
+
+
+def test_names_of_results_cannot_break_the_table_of_the_card(hub, client, repo):
+    value(client(push, repo, results={"a\nb": {"top|1": 0.5}}))
+    assert "| a b | top\\|1 | 0.5 |" in hub.files(repo)["README.md"].decode()
+
+
 def test_card_with_broken_metadata_is_not_replaced(hub, client, repo):
     hub.add(repo, {"README.md": b"---\ntags: [unclosed\n---\nMine.\n"})
     refused(client(push, repo), "InputError", "README.md", "Correct them")
