@@ -25,7 +25,7 @@ test: .venv/ready-test
 # the oldest huggingface_hub that pyproject.toml allows, beside the newest in .venv
 test-oldest-hub: .venv/ready-test
 	$(BIN)/python -m pip install --quiet --upgrade --target .venv/oldest-hub huggingface_hub==0.25.0
-	SVP_PEFT_TEST_HUB_PATH=.venv/oldest-hub $(BIN)/python -m pytest tests/test_hub.py
+	SVP_PEFT_TEST_HUB_PATH=.venv/oldest-hub $(BIN)/python -m pytest $(PYTEST_ARGS) tests/test_hub.py
 
 lint: .venv/ready-dev
 	$(BIN)/ruff check .
