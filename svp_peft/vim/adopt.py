@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from svp_peft.errors import CheckpointError, InputError
 from svp_peft.vim.block import drop_path
-from svp_peft.vim.geometry import ARGUMENTS, complete_arguments
+from svp_peft.vim.geometry import arguments_of, complete_arguments
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -34,7 +34,7 @@ def adopt(build: Callable[..., Model], model: nn.Module, overrides: Mapping[str,
     Raises:
         InputError: the model is not a Vim, or does not say where its class token is.
     """
-    unknown = sorted(overrides.keys() - ARGUMENTS)
+    unknown = sorted(overrides.keys() - arguments_of(build))
     if unknown:
         raise InputError(
             f"from_model does not know {unknown}: overrides are constructor arguments of "
@@ -49,7 +49,7 @@ def adopt(build: Callable[..., Model], model: nn.Module, overrides: Mapping[str,
     }
     try:
         arguments = complete_arguments(
-            state, {**_flags_of(model), **overrides}, None, f"the {kind}"
+            build, state, {**_flags_of(model), **overrides}, None, f"the {kind}"
         )
     except CheckpointError as error:
         raise InputError(str(error)) from error

@@ -12,7 +12,7 @@ from svp_peft.errors import CheckpointError, InputError
 from svp_peft.vim.arguments import pair
 from svp_peft.vim.embedding import grid_of
 from svp_peft.vim.files import Checkpoint
-from svp_peft.vim.geometry import ARGUMENTS, complete_arguments
+from svp_peft.vim.geometry import arguments_of, complete_arguments
 from svp_peft.vim.model import VisionMamba
 from svp_peft.vim.resize import resize_pos_embed
 from svp_peft.vim.source import find_checkpoint
@@ -63,7 +63,7 @@ def load_vim(
         HubError: the Hub refused or cannot be reached.
         InputError: an unknown keyword, or an argument that cannot work, passed or in the config.
     """
-    unknown = sorted(arguments.keys() - ARGUMENTS)
+    unknown = sorted(arguments.keys() - arguments_of(VisionMamba))
     if unknown:
         raise InputError(
             f"load_vim does not know {unknown}: besides its own options it takes the constructor "
@@ -94,6 +94,7 @@ def build_vim(
     placement = {key: options.pop(key) for key in ("device", "dtype") if key in options}
     target = None if img_size is None else pair(img_size, "img_size")
     complete = complete_arguments(
+        VisionMamba,
         checkpoint.state,
         {**checkpoint.config, **options},
         checkpoint.entry_name,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -13,16 +13,18 @@ from torch import Tensor
 from svp_peft.errors import CheckpointError, InputError
 from svp_peft.vim.arguments import pair
 from svp_peft.vim.embedding import grid_of
-from svp_peft.vim.model import VisionMamba
 
 DEFAULT_IMAGE = (224, 224)
 """Image size of the published models, assumed where tensors allow it and nothing is said."""
 
-ARGUMENTS = frozenset(inspect.signature(VisionMamba.__init__).parameters) - {"self"}
-"""Names of the constructor arguments."""
+
+def arguments_of(build: Callable[..., Any]) -> frozenset[str]:
+    """Names of the constructor arguments of a class."""
+    return frozenset(inspect.signature(build).parameters)
 
 
 def complete_arguments(
+    build: Callable[..., Any],
     state: Mapping[str, Tensor],
     config: Mapping[str, Any],
     entry_name: str | None,
@@ -41,6 +43,7 @@ def complete_arguments(
     image to be square.
 
     Args:
+        build: the class whose constructor takes them.
         state: tensors by hustvl/Vim's names.
         config: constructor arguments that are known; others are ignored.
         entry_name: for example "vim_small_patch16_stride8_224_bimambav2_..._midclstok_div2".
@@ -51,7 +54,7 @@ def complete_arguments(
         CheckpointError: `state` is not a Vim's, or `config` contradicts it.
         InputError: a value in `config` cannot work.
     """
-    stated = _stated(config)
+    stated = _stated(config, arguments_of(build) - {"device", "dtype"})
     shapes = _from_shapes(state, source)
     for name, found in shapes.items():
         given = stated.get(name, found)
@@ -80,9 +83,9 @@ def complete_arguments(
     return arguments
 
 
-def _stated(config: Mapping[str, Any]) -> dict[str, Any]:
+def _stated(config: Mapping[str, Any], known: frozenset[str]) -> dict[str, Any]:
     """`config` with one spelling per argument, and without what is not one."""
-    stated = {k: v for k, v in config.items() if k in ARGUMENTS and k not in ("device", "dtype")}
+    stated = {k: v for k, v in config.items() if k in known}
     old_spelling = stated.pop("if_devide_out", None)
     if stated.get("if_divide_out") is None:
         stated.pop("if_divide_out", None)

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from svp_peft.errors import InputError
 from svp_peft.vim import arguments
+from svp_peft.vim.adopt import adopt
 from svp_peft.vim.block import Block, RMSNorm, add_norm, drop_path, drop_rates
 from svp_peft.vim.embedding import PatchEmbed, RotaryEmbedding
 from svp_peft.vim.init import init_head, init_patches, init_stack, new_embedding
@@ -236,8 +237,6 @@ class VisionMamba(nn.Module):
         Raises:
             InputError: `model` is not a Vim, or does not say where its class token is.
         """
-        from svp_peft.vim.adopt import adopt
-
         return adopt(cls, model, overrides)
 
     def no_weight_decay(self) -> set[str]:
