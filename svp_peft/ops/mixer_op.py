@@ -17,6 +17,7 @@ from torch import Tensor, library
 
 from svp_peft.ops.backends import choose, kernels
 from svp_peft.ops.casting import compute_dtype
+from svp_peft.ops.derivatives import refuse_second
 from svp_peft.ops.mixer_passes import backward_pass, forward_pass, pack, unpack
 from svp_peft.ops.types import Cache, MixerWeights
 
@@ -116,6 +117,7 @@ class _Mixer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        refuse_second()
         return _gradients(ctx, backward_pass, grad)
 
 

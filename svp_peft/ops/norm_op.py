@@ -7,6 +7,7 @@ from torch import Tensor, library
 
 from svp_peft.ops import reference
 from svp_peft.ops.backends import choose, kernels, provides
+from svp_peft.ops.derivatives import refuse_second
 
 
 def add_norm(
@@ -136,6 +137,7 @@ class _AddNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        refuse_second()
         return (*_gradients(ctx, _backward, *grads, **ctx.mask), None, None)
 
 

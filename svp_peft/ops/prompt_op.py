@@ -10,6 +10,7 @@ from torch import Tensor
 from svp_peft.ops import reference
 from svp_peft.ops.backends import choose, kernels, provides
 from svp_peft.ops.casting import cast, compute_dtype
+from svp_peft.ops.derivatives import refuse_second
 from svp_peft.ops.types import Cache
 
 # up to this many elements of x the pre-activations are kept for the backward pass; beyond it they
@@ -178,6 +179,7 @@ class _Prompt(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        refuse_second()
         x, *tensors = ctx.saved_tensors
         *weights, alpha, beta = tensors[:8]
         skip, dtype, backend = ctx.settings

@@ -49,7 +49,7 @@ def selective_scan(
         Differentiable in every tensor.
 
     Raises:
-        InputError: shapes that do not fit together.
+        InputError: shapes that do not fit together, or a tensor that is not real and floating.
         BackendError: a backend was named that cannot run on these tensors.
     """
     _check(u, delta, A, B, C, D, z, delta_bias)
@@ -360,6 +360,7 @@ def _check(
     batch, d_inner, length = u.shape
     d_state = A.shape[1]
     expected = {
+        "u": (u, (batch, d_inner, length)),
         "delta": (delta, (batch, d_inner, length)),
         "A": (A, (d_inner, d_state)),
         "B": (B, (batch, d_state, length)),
@@ -373,4 +374,9 @@ def _check(
             raise InputError(
                 f"{name} has shape {tuple(tensor.shape)} and should have {shape}, given "
                 f"u {tuple(u.shape)} and A {tuple(A.shape)}."
+            )
+        if tensor is not None and not tensor.is_floating_point():
+            raise InputError(
+                f"{name} is {str(tensor.dtype).removeprefix('torch.')}: the scan is over real "
+                f"numbers, unlike mamba-ssm's, which has a complex one too. Convert it to float32."
             )

@@ -21,6 +21,7 @@ from svp_peft.ops.cuda.conv import _grid, _kernel_for
 from svp_peft.ops.cuda.layout import device_index, parameters, pointers
 from svp_peft.ops.cuda.scan import _chunked, _streaming, gather
 from svp_peft.ops.cuda.scan_backward import _TILE, _fast_kernel, _fast_warps, _reduce_kernel
+from svp_peft.ops.derivatives import refuse_second
 from svp_peft.ops.types import MixerWeights, ScanNeeds
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -168,6 +169,7 @@ class _Frozen(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        refuse_second()
         hidden, *saved = ctx.saved_tensors
         return ctx.mixer.backward(grad, hidden, tuple(saved)), None, None
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from svp_peft.ops.cuda.kernels import CPP_TYPE, Kernel, multiprocessors
 from svp_peft.ops.cuda.layout import device_index
 from svp_peft.ops.cuda.prompt import _kernel_for, _rows_of_block
+from svp_peft.ops.derivatives import refuse_second
 from svp_peft.ops.types import Cache
 
 # torch 2.8 and newer write a product of halves in float32 without a pass of its own
@@ -157,6 +158,7 @@ class _JointPrompt(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        refuse_second()
         x, joint_weight, joint_bias, up, up_bias, *tensors = ctx.saved_tensors
         alpha, beta = tensors[6:8]
         dtype, skip = ctx.dtype, ctx.skip
