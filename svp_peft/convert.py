@@ -39,6 +39,7 @@ from svp_peft.vim.files import load_pickle, read_checkpoint
 RELEASED_SCALE_ROWS = 24
 
 _RELEASED_BOTTLENECKS = (64, 128)
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _INNER = re.compile(r"prompt_generator\.(\d+)\.([01])\.(weight|bias)")
 _CROSS = re.compile(r"prompt_generator_shared\.(\d+)\.0\.(weight|bias)")
 
@@ -189,7 +190,7 @@ def _read(path: Path, use_ema: bool) -> tuple[dict[str, Tensor], dict[str, Any]]
             "Pass use_ema=False, or another checkpoint."
         )
     state = {
-        str(key).removeprefix("module."): value
+        str(key).removeprefix("module.").removeprefix("_orig_mod."): value
         for key, value in raw.items()
         if isinstance(value, Tensor)
     }
@@ -208,8 +209,10 @@ def _adapter_tensors(state: Mapping[str, Tensor], path: Path) -> tuple[dict[str,
             f"{len(state)} tensors, {sorted(state)[:6]} first. A plain Vim checkpoint is loaded "
             "with load_vim, an svp_peft adapter with load_adapter."
         )
-    depth = 1 + max(int(m[1]) for m in inner.values())
-    groups = 1 + max(int(m[1]) for m in cross.values())
+    _check_values(state, [*inner, *cross, "prompt_scale", "prompt_shared_scale"], path)
+    # a gap in the numbers shows in the shapes below
+    depth = len({m[1] for m in inner.values()})
+    groups = len({m[1] for m in cross.values()})
     tensors = {
         f"svp.inner.{m[1]}.{'up' if m[2] == '1' else 'down'}.{m[3]}": state[key]
         for key, m in inner.items()
@@ -218,6 +221,7 @@ def _adapter_tensors(state: Mapping[str, Tensor], path: Path) -> tuple[dict[str,
     tensors |= {key: value for key, value in state.items() if key.startswith("head.")}
     scale = state["prompt_scale"]
     _check_shapes(state, depth, groups, path)
+    _check_values(state, [key for key in state if key.startswith("head.")], path)
     tensors["svp.alpha"] = state["prompt_shared_scale"]
     tensors["svp.beta"] = scale[:depth]
     if scale.shape[0] > depth:
@@ -225,10 +229,32 @@ def _adapter_tensors(state: Mapping[str, Tensor], path: Path) -> tuple[dict[str,
     return tensors, depth, groups
 
 
+def _check_values(state: Mapping[str, Tensor], keys: list[str], path: Path) -> None:
+    """Raise `CheckpointError` unless each is a plain tensor of floating-point numbers."""
+    wrong = []
+    for key in keys:
+        tensor = state[key]
+        plain = tensor.layout == torch.strided and not tensor.is_meta
+        if not plain or tensor.dtype not in _DTYPES or tensor.dim() not in (1, 2):
+            place = "" if plain else f" ({tensor.device.type}, {tensor.layout})"
+            wrong.append(f"{key} is {tensor.dtype} {tuple(tensor.shape)}{place}")
+    if wrong:
+        raise CheckpointError(
+            f"{path}: {'; '.join(wrong[:6])}. A checkpoint of the released SVP code holds plain "
+            "vectors and matrices of floating-point numbers. Take the file that main.py wrote."
+        )
+
+
 def _check_shapes(state: Mapping[str, Tensor], depth: int, groups: int, path: Path) -> None:
     """Raise `CheckpointError` unless the prompts are whole and consistent."""
+    if state["prompt_scale"].dim() != 2:
+        raise CheckpointError(
+            f"{path}: prompt_scale has shape {tuple(state['prompt_scale'].shape)}; the released "
+            f"code's has {RELEASED_SCALE_ROWS} rows of d_model. Take the file that main.py wrote."
+        )
     first, second = (state.get(f"prompt_generator.0.{i}.weight") for i in (0, 1))
-    if first is not None and second is not None and first.shape[0] != second.shape[1]:
+    matrices = first is not None and second is not None and first.dim() == second.dim() == 2
+    if first is not None and second is not None and matrices and first.shape[0] != second.shape[1]:
         # RELEASED CODE: models_mamba.py:317-325 builds Linear(D, 32), then Linear(64, D).
         # Pinned by tests/test_convert.py.
         raise CheckpointError(

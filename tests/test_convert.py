@@ -233,6 +233,10 @@ def drop(*names: str):
     return change
 
 
+def put(name: str, value: Tensor):
+    return lambda state: state.update({name: value})
+
+
 REFUSED = {
     "mlp384*32": (narrow, r"narrow to 32 and widen from 64.*mlp384\*32.*fails in its first"),
     "a plain Vim": (drop("prompt_"), "not a checkpoint of the released SVP code.*load_vim"),
@@ -245,6 +249,15 @@ REFUSED = {
         lambda state: state.update(prompt_shared_scale=torch.zeros(2, 16)),
         r"prompt_shared_scale is \(2, 16\), expected \(2, 32\)",
     ),
+    "a flat scale": (put("prompt_scale", torch.zeros(24)), r"prompt_scale has shape \(24,\)"),
+    "a scalar": (put("prompt_generator.0.1.weight", torch.zeros(())), r"float32 \(\)"),
+    "a stray block": (
+        put("prompt_generator.99999999.0.weight", torch.zeros(1)),
+        r"prompt_generator\.4\.0\.weight is missing",
+    ),
+    "integers": (put("head.bias", torch.zeros(5, dtype=torch.int32)), "head.bias is torch.int32"),
+    "no values": (put("head.bias", torch.zeros(5, device="meta")), r"\(5,\) \(meta"),
+    "sparse": (put("head.weight", torch.eye(5, 32).to_sparse()), "torch.sparse_coo"),
 }
 
 
