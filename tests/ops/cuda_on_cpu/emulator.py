@@ -14,18 +14,27 @@ from pathlib import Path
 from svp_peft.errors import BackendError
 from svp_peft.ops.cuda import disk_cache
 
-RUNTIME = Path(__file__).with_name("runtime.h")
+_HERE = Path(__file__).parent
 ORDERS = ("forwards", "backwards", "shuffled")
+_RUNTIME = ("runtime.cpp", "memory.h", "device.h")
 _FLAGS = (
-    *("-std=c++17", "-O1", "-w", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off"),
+    *(
+        "-std=c++17",
+        "-O1",
+        "-g1",
+        "-gdwarf-4",
+        "-w",
+        "-fPIC",
+        "-fvisibility=hidden",
+        "-fno-strict-aliasing",
+        "-ffp-contract=off",
+    ),
     "-U_FORTIFY_SOURCE",  # its longjmp refuses to change stacks
-    "-fsanitize=alignment,bounds",
-    "-ftrivial-auto-var-init=pattern",
 )
-_ENTRY = re.compile(
-    r'extern\s+"C"\s+__global__\s+void(?P<bounds>[^{;]*?)\b(?P<name>\w+)\s*\(\s*const'
-)
+_CHECKS = ("-fsanitize=thread,alignment,bounds",)
+_ENTRY = re.compile(r'extern\s+"C"\s+__global__\s+void([^{;]*?)\b(\w+)\s*\(\s*const')
 _DYNAMIC = re.compile(r"extern\s+__shared__\s+(\w+)\s+(\w+)\[\];")
+_INCLUDE = re.compile(r'#include "([^"]+)"')
 _OPERAND = re.compile(r'"[=+&]*[a-z]"\s*(\((?:[^()]|\([^()]*\))*\))')
 
 
@@ -42,7 +51,7 @@ def unavailable() -> str | None:
 def translate(text: str) -> str:
     """CUDA C++ as C++: PTX instructions become calls, dynamic shared memory a pointer."""
     text = _DYNAMIC.sub(r"\1* const \2 = (\1*)emulator::arena;", text)
-    text = _ENTRY.sub(r"static void\g<bounds>\g<name>(const", text)
+    text = _ENTRY.sub(_entry, text)
     pieces, at = [], 0
     for found in re.finditer(r"\basm\s*(?:volatile\s*)?\(", text):
         end = _closing(text, found.end())
@@ -50,6 +59,11 @@ def translate(text: str) -> str:
         pieces += [text[at : found.start()], _call(body), "\n" * body.count("\n")]
         at = end + 1
     return "".join([*pieces, text[at:]])
+
+
+def _entry(found: re.Match[str]) -> str:
+    bounds, name = found.groups()
+    return f"constexpr unsigned most_threads_of_{name} = {bounds or 1024}; static void {name}(const"
 
 
 def _closing(text: str, at: int) -> int:
@@ -80,7 +94,7 @@ class Nvrtc:
     """Stands for `svp_peft.ops.cuda.nvrtc.Nvrtc`; its machine code is C++."""
 
     version = (0, 0)
-    path = str(RUNTIME)
+    path = str(_HERE)
 
     def target(self, capability: tuple[int, int]) -> str:
         return f"sm_{capability[0]}{capability[1]}"
@@ -90,15 +104,21 @@ class Nvrtc:
     ) -> bytes:
         macros = [option[2:].replace("=", " ", 1) for option in options if option.startswith("-D")]
 
-        def included(match: re.Match[str]) -> str:
-            text = headers[match[1]]
-            return "" if text in seen else seen.setdefault(text, expand(text))
+        seen = set()
 
-        def expand(text: str) -> str:
-            return re.sub(r'#include "([^"]+)"', included, text)
+        def expand(name: str, text: str) -> str:
+            if name in seen:
+                return ""
+            seen.add(name)
+            return f'#line 1 "{name}"\n' + _INCLUDE.sub(
+                lambda match: (
+                    expand(match[1], headers[match[1]])
+                    + f'#line {text.count(chr(10), 0, match.start()) + 1} "{name}"\n'
+                ),
+                text,
+            )
 
-        seen: dict[str, str] = {}
-        whole = "".join(f"#define {macro}\n" for macro in macros) + expand(source)
+        whole = "".join(f"#define {macro}\n" for macro in macros) + expand(name, source)
         return translate(whole).encode()
 
 
@@ -107,15 +127,15 @@ class Driver:
 
     version = 0
 
-    def __init__(self, cache: Path, order: str = "forwards") -> None:
-        self.order = order
+    def __init__(self, cache: Path) -> None:
+        self.order = "forwards"
         self.launches: list[str] = []
+        self.tensors: dict[int, int] = {}  # address and size of every storage, the latest last
         self._cache = cache
-        self._loaded: list[tuple[str, ctypes._FuncPointer]] = []
+        self._loaded: list[_Library] = []
 
     def load(self, image: bytes, entry: str, index: int, dynamic_shared: int) -> int:
-        library = ctypes.PyDLL(str(_built(self._cache, image.decode(), entry)))
-        self._loaded.append((entry, library.cuda_on_cpu))
+        self._loaded.append(_Library(_built(self._cache, image.decode(), entry), entry))
         return len(self._loaded)
 
     def launch(
@@ -128,46 +148,126 @@ class Driver:
         arguments: ctypes.Array,
         index: int,
     ) -> None:
-        entry, run = self._loaded[function - 1]
-        self.launches.append(entry)
+        library = self._loaded[function - 1]
+        self.launches.append(library.entry)
+        library(grid, threads, shared, arguments, self.tensors, ORDERS.index(self.order))
+
+
+class _Library:
+    """One kernel, loaded."""
+
+    def __init__(self, path: Path, entry: str) -> None:
+        self.entry, self._path = entry, path
+        library = ctypes.PyDLL(str(path))
+        self._run, self._kernel = library.cuda_on_cpu_launch, library.cuda_on_cpu_kernel
+        self._bytes = ctypes.c_size_t.in_dll(library, "cuda_on_cpu_bytes").value
+        self._most_threads = ctypes.c_uint.in_dll(library, "cuda_on_cpu_threads").value
+
+    def __call__(
+        self,
+        grid: tuple[int, int, int],
+        threads: int,
+        shared: int,
+        arguments: ctypes.Array,
+        tensors: dict[int, int],
+        order: int,
+    ) -> None:
+        if not (0 < threads <= self._most_threads and min(grid) > 0 and max(grid[1:]) < 1 << 16):
+            raise BackendError(
+                f"{self.entry}: {threads} threads in a grid of {grid}, and its __launch_bounds__ "
+                f"are {self._most_threads}."
+            )
         given = ctypes.cast(arguments, ctypes.POINTER(ctypes.c_void_p))[0]
-        told = ctypes.create_string_buffer(600)
-        refused = run(
-            ctypes.c_void_p(given), (ctypes.c_uint * 3)(*grid), threads, shared,
-            ORDERS.index(self.order), told, len(told),
+        assert given is not None
+        words = (ctypes.c_size_t * (self._bytes // 8)).from_address(given)
+        found = {r for word in words if (r := _range_of(word, tensors)) is not None}
+        flat = [number for begin in found for number in (begin, tensors[begin])]
+        told = ctypes.create_string_buffer(700)
+        self._run(
+            self._kernel, ctypes.c_void_p(given), ctypes.c_size_t(self._bytes),
+            (ctypes.c_size_t * len(flat))(*flat), len(found), (ctypes.c_uint * 3)(*grid), threads,
+            shared, order, told, ctypes.c_size_t(len(told)),
         )  # fmt: skip
-        if refused:
-            raise BackendError(f"{entry}: {told.value.decode()}")
+        if told.value:
+            raise BackendError(f"{self.entry}: {self._located(told.value.decode())}")
+
+    def _located(self, message: str) -> str:
+        """The address after an @ as a line of the source, where a tool for it is installed."""
+        at = re.search(r"@([0-9a-f]+)", message)
+        tool = shutil.which("addr2line")
+        if at is None or tool is None:
+            return message
+        place = subprocess.run(
+            [tool, "-e", str(self._path), hex(int(at[1], 16) - 1)], capture_output=True, text=True
+        )
+        return message.replace(at[0], place.stdout.strip().rpartition("/")[2])
+
+
+def _range_of(address: int, tensors: dict[int, int]) -> int | None:
+    """Where the storage begins that holds this address."""
+    for begin in reversed(tensors):
+        if begin <= address < begin + tensors[begin]:
+            return begin
+    return None
 
 
 def _built(cache: Path, text: str, entry: str) -> Path:
     """The library of one kernel, from the cache or from the compiler."""
-    compiler = shlex.split(os.environ.get("CXX", "c++"))
-    text = f"""{RUNTIME.read_text()}
+    compiler = tuple(shlex.split(os.environ.get("CXX", "c++")))
+    text = f"""#include "device.h"
 {text}
-extern "C" __attribute__((visibility("default"))) int cuda_on_cpu(
-    const void* args, const unsigned* grid, unsigned threads, unsigned shared, unsigned order,
-    char* told, size_t room) {{
-  return emulator::launch([](const void* given) {{ {entry}(*(const Args*)given); }}, args, grid,
-                          threads, shared, order, told, room);
-}}
+#define EXPORT extern "C" __attribute__((visibility("default")))
+EXPORT void cuda_on_cpu_kernel(const void* args) {{ {entry}(*(const Args*)args); }}
+EXPORT const size_t cuda_on_cpu_bytes = sizeof(Args);
+EXPORT const unsigned cuda_on_cpu_threads = most_threads_of_{entry};
 """
-    path = cache / f"{disk_cache.key_of(_version(compiler[0]), *compiler, *_FLAGS, text)}.so"
-    if not path.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache, prefix="build-") as scratch:
-            Path(scratch, "kernel.cpp").write_text(text)
-            # linked on its own: with -fsanitize the linker would ask for the sanitizer's library
-            for step in ([*_FLAGS, "-c", "kernel.cpp"], ["-shared", "kernel.o", "-o", "kernel.so"]):
-                done = subprocess.run(
-                    [*compiler, *step], cwd=scratch, capture_output=True, text=True
-                )
-                if done.returncode:
-                    raise BackendError(f"{entry} does not compile for a CPU:\n{done.stderr[:4000]}")
-            os.replace(Path(scratch, "kernel.so"), path)
+    runtime = [(_HERE / name).read_text() for name in _RUNTIME]
+    kernel_flags = [*_FLAGS, *_CHECKS, *_pattern(compiler)]
+    key = disk_cache.key_of(_version(compiler), *compiler, *kernel_flags, *runtime, text)
+    path = cache / f"{key}.so"
+    if path.exists():
+        return path
+    shared_object = _compiled(cache, [*compiler, *_FLAGS], runtime)
+    return _stored(
+        path,
+        text,
+        [
+            [*compiler, *kernel_flags, f"-I{_HERE}", "-c", "source.cpp"],
+            # without -fsanitize here: with it the linker would ask for the sanitizer's library
+            [*compiler, "-shared", "source.o", str(shared_object), "-o", "result"],
+        ],
+    )
+
+
+def _compiled(cache: Path, command: list[str], runtime: list[str]) -> Path:
+    """The object file of runtime.cpp."""
+    path = cache / f"{disk_cache.key_of(*command, *runtime)}.o"
+    if path.exists():
+        return path
+    return _stored(path, runtime[0], [[*command, f"-I{_HERE}", "-c", "source.cpp", "-o", "result"]])
+
+
+def _stored(path: Path, source: str, steps: list[list[str]]) -> Path:
+    """Run the steps beside source.cpp and keep the file `result` as `path`, in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as scratch:
+        Path(scratch, "source.cpp").write_text(source)
+        for step in steps:
+            done = subprocess.run(step, cwd=scratch, capture_output=True, text=True)
+            if done.returncode:
+                raise BackendError(f"It does not compile for a CPU:\n{done.stderr[:4000]}")
+        os.replace(Path(scratch, "result"), path)
     return path
 
 
 @functools.cache
-def _version(compiler: str) -> str:
-    return subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+def _version(compiler: tuple[str, ...]) -> str:
+    return subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout
+
+
+@functools.cache
+def _pattern(compiler: tuple[str, ...]) -> tuple[str, ...]:
+    """The flag that fills local variables with a pattern, for compilers that know it."""
+    flag = "-ftrivial-auto-var-init=pattern"
+    command = [*compiler, flag, "-x", "c++", "-fsyntax-only", os.devnull]
+    return (flag,) if subprocess.run(command, capture_output=True).returncode == 0 else ()

@@ -52,6 +52,13 @@ class EmulatedGpu:
     def launches(self) -> list[str]:
         return self._driver.launches
 
+    def forget_kernels(self) -> None:
+        """Have every kernel built and loaded again when it is needed next."""
+        for module in _MODULES:
+            for value in vars(module).values():
+                if hasattr(value, "cache_clear"):
+                    value.cache_clear()
+
 
 @contextlib.contextmanager
 def emulated_gpu(patch: pytest.MonkeyPatch, cache: Path) -> Iterator[EmulatedGpu]:
@@ -68,6 +75,15 @@ def emulated_gpu(patch: pytest.MonkeyPatch, cache: Path) -> Iterator[EmulatedGpu
             multi_processor_count=gpu.multiprocessors, shared_memory_per_block_optin=227 * 1024
         )
 
+    address = torch.Tensor.data_ptr
+
+    def data_ptr(tensor: torch.Tensor) -> int:
+        storage = tensor.untyped_storage()
+        driver.tensors.pop(storage.data_ptr(), None)
+        driver.tensors[storage.data_ptr()] = storage.nbytes()
+        return address(tensor)
+
+    patch.setattr(torch.Tensor, "data_ptr", data_ptr)
     patch.setattr(kernels, "find_nvrtc", lambda: nvrtc)
     patch.setattr(kernels, "find_driver", lambda: driver)
     patch.setattr(cuda, "unavailable", lambda _: None)
@@ -83,9 +99,6 @@ def emulated_gpu(patch: pytest.MonkeyPatch, cache: Path) -> Iterator[EmulatedGpu
     patch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: 0, raising=False)
     # translated sources are no business of the user's cache
     patch.setenv("SVP_PEFT_CACHE", str(cache / "translated"))
-    caches = [v for m in _MODULES for v in vars(m).values() if hasattr(v, "cache_clear")]
-    for cached in caches:
-        cached.cache_clear()
+    gpu.forget_kernels()
     yield gpu
-    for cached in caches:
-        cached.cache_clear()
+    gpu.forget_kernels()
