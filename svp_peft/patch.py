@@ -14,6 +14,7 @@ Nothing of the base model is renamed, wrapped or replaced. What `apply_svp` chan
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Mapping
 
 import torch
@@ -189,6 +190,7 @@ def build_adapter(
         )
     for role in config.modules_to_save:
         check_role(model, spec, role)
+    _check_apart(model, spec, config)
     weight = next(p for p in model.get_submodule(spec.blocks[0]).parameters())
     dtype = torch.promote_types(weight.dtype, torch.float32)
     with torch.device("meta" if empty else weight.device):
@@ -255,6 +257,24 @@ def check_role(model: nn.Module, spec: BackboneSpec, role: str) -> None:
             f"The model's modules are {[name for name, _ in model.named_children()]}. "
             "Name existing modules outside the stack of blocks, such as 'head'."
         )
+
+
+def _check_apart(model: nn.Module, spec: BackboneSpec, config: SVPConfig) -> None:
+    """Raise `ConfigError` if one module of `modules_to_save`, of any adapter, is part of another.
+
+    Their copies are put in and out independently, and one would carry the other away.
+    """
+    svp = model._modules.get("svp")
+    known = svp.in_use if isinstance(svp, SVPState) else ()
+    roles = dict.fromkeys([*known, *roles_of(spec, config)])
+    paths = {role: module_path(spec, role) for role in roles}
+    for (outer, whole), (inner, part) in itertools.permutations(paths.items(), 2):
+        if f"{part}.".startswith(f"{whole}."):
+            raise ConfigError(
+                f"modules_to_save names {outer!r} and {inner!r} (the other may be another "
+                f"adapter's), and {part!r} is part of {whole!r}: two copies of it would stand in "
+                "each other's way. Name the outer one in all adapters, or none that overlap."
+            )
 
 
 def _refuse_compiled(model: nn.Module, action: str) -> None:

@@ -364,6 +364,19 @@ def test_modules_to_save_get_a_copy_per_adapter_and_go_back(model, images):
     assert_same(snap, snapshot(model))
 
 
+def test_modules_to_save_that_overlap_are_refused_in_one_adapter_and_between_two(model):
+    whole = "layers.0.mixer"
+    part = f"{whole}.{next(name for name, _ in model.layers[0].mixer.named_children())}"
+    snap = snapshot(model)
+    with pytest.raises(ConfigError, match=f"'{part}' is part of '{whole}'"):
+        apply_svp(model, SVPConfig(modules_to_save=("head", part, whole)))
+    assert_same(snap, snapshot(model))
+    apply_svp(model, SVPConfig(inner_bottleneck=4, modules_to_save=(part,)))
+    with pytest.raises(ConfigError, match=f"'{part}' is part of '{whole}'"):
+        add_adapter(model, "other", SVPConfig(inner_bottleneck=4, modules_to_save=(whole,)))
+    add_adapter(model, "same", SVPConfig(inner_bottleneck=4, modules_to_save=(part,)))
+
+
 def test_a_model_without_head_is_patched_without_one(images):
     model = VimLike(num_classes=0)
     del model.head
