@@ -326,17 +326,15 @@ class _Rows(Cache):
     graph, and a graph that outlives its step breaks the capture of a CUDA graph.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._scales: Tensor | None = None
-        self._state: tuple[object, ...] = ()
-
     def take(self, scales: Tensor, row: int, first: bool, last: bool) -> Tensor:
         state = (scales._version, torch.is_grad_enabled()) if not scales.is_inference() else ()
         if first:
-            self._scales, self._state, self.prepared = scales, state, scales.unbind(0)
-        # blocks called alone or in another order (recomputation) find nothing, or another pass's
-        known = self.prepared if self._scales is scales and self._state == state else None
+            # in one assignment, because other threads may be in a pass of their own
+            self.prepared = (scales, state, scales.unbind(0))
+        held = self.prepared
         if last:
-            self._scales = self.prepared = None
-        return scales[row] if known is None else known[row]  # type: ignore[no-any-return]
+            self.prepared = None
+        # blocks called alone or in another order (recomputation) find nothing, or another pass's
+        if held is None or held[0] is not scales or held[1] != state:
+            return scales[row]
+        return held[2][row]  # type: ignore[no-any-return]
