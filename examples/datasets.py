@@ -24,26 +24,26 @@ validation accuracy worthless, hence whole tracks.
 
 from __future__ import annotations
 
-import csv
 import logging
-from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torchvision.datasets as tv
-from scipy.io import loadmat
 from splits import (
     DataError,
     Split,
     Splits,
     any_case,
+    check_labels,
     checked_split,
     few,
     hold_out,
     known_label,
     read_json,
+    read_mat,
+    read_table,
+    read_text,
 )
 
 logger = logging.getLogger(__name__)
@@ -124,13 +124,7 @@ def load_hta(name: str, root: Path, *, honest: bool = True, download: bool = Fal
         splits = reader(folder, honest)
     except FileNotFoundError as error:
         raise DataError(f"{name}: {error.filename} is missing. {_remedy(name, folder)}") from error
-    counts = Counter(splits.train.labels)
-    empty = [label for label in range(splits.num_classes) if not counts[label]]
-    if empty:
-        raise DataError(
-            f"{name}: no training image of class {few(empty)} in {folder}: its output would "
-            "never be trained. Unpack the archive again, the folder is probably incomplete."
-        )
+    check_labels(f"{name} in {folder}", splits)
     return splits
 
 
@@ -195,6 +189,7 @@ def _fgvc(folder: Path, honest: bool) -> Splits:
             [_image_path(folder, images, key) for key in table],
             [known_label(c, number, folder / f"{split}.json") for c in table.values()],
             list(table),
+            folder / f"{split}.json",
         )
         for split, table in tables.items()
     }
@@ -210,13 +205,20 @@ def _flowers(folder: Path, honest: bool) -> Splits:
     """VPT's json files, or torchvision's flowers-102: jpg/, imagelabels.mat, setid.mat."""
     if any_case(folder, "train.json"):
         return _fgvc(folder, honest)
-    labels = loadmat(folder / "imagelabels.mat", squeeze_me=True)["labels"].astype(int) - 1
-    ids = loadmat(folder / "setid.mat", squeeze_me=True)
+    [labels] = read_mat(folder / "imagelabels.mat", "labels")
+    labels = labels.reshape(-1).astype(int) - 1
     splits = {}
-    for split, key in (("train", "trnid"), ("val", "valid"), ("test", "tstid")):
-        names = [f"jpg/image_{i:05d}.jpg" for i in np.atleast_1d(ids[key])]
-        chosen = [int(labels[i - 1]) for i in np.atleast_1d(ids[key])]
-        splits[split] = checked_split([folder / name for name in names], chosen, names)
+    ids = read_mat(folder / "setid.mat", "trnid", "valid", "tstid")
+    for split, numbers in zip(("train", "val", "test"), ids, strict=True):
+        numbers = numbers.reshape(-1).astype(int)
+        if numbers.size and not 1 <= numbers.min() <= numbers.max() <= len(labels):
+            raise DataError(
+                f"{folder}: setid.mat names images {numbers.min()} to {numbers.max()}, but "
+                f"imagelabels.mat has {len(labels)} labels. Delete both and add --download."
+            )
+        names = [f"jpg/image_{i:05d}.jpg" for i in numbers]
+        chosen, images = labels[numbers - 1].tolist(), [folder / name for name in names]
+        splits[split] = checked_split(images, chosen, names, folder / "setid.mat")
     count = max(splits["train"].labels) + 1
     return Splits(count, splits["train"], splits["val"] if honest else None, splits["test"])
 
@@ -243,8 +245,7 @@ def _cifar(folder: Path, honest: bool) -> Splits:
 def _dtd(folder: Path, honest: bool) -> Splits:
     lists = folder / "labels"
     lines = {
-        split: (lists / f"{split}1.txt").read_text("utf-8-sig").split()
-        for split in ("train", "val", "test")
+        split: read_text(lists / f"{split}1.txt").split() for split in ("train", "val", "test")
     }
     number = {c: i for i, c in enumerate(sorted({line.split("/")[0] for line in lines["train"]}))}
     splits = {
@@ -255,6 +256,7 @@ def _dtd(folder: Path, honest: bool) -> Splits:
                 for line in names
             ],
             names,
+            lists / f"{split}1.txt",
         )
         for split, names in lines.items()
     }
@@ -267,22 +269,17 @@ def _gtsrb(folder: Path, honest: bool) -> Splits:
     classes = sorted(entry.name for entry in training.iterdir() if entry.is_dir())
     names = [f"{c}/{file.name}" for c in classes for file in sorted((training / c).glob("*.ppm"))]
     labels = [classes.index(name.split("/")[0]) for name in names]
-    everything = checked_split([training / name for name in names], labels, names)
+    everything = checked_split([training / name for name in names], labels, names, training)
     table = folder / "GT-final_test.csv"
     images = folder / "GTSRB" / "Final_Test" / "Images"
-    number = {int(c): i for i, c in enumerate(classes)}
-    # utf-8-sig: spreadsheets write a byte order mark, which would become part of "Filename"
-    with open(table, encoding="utf-8-sig", newline="") as file:
-        rows = list(csv.DictReader(file, delimiter=";", skipinitialspace=True))
-    if rows and not {"Filename", "ClassId"} <= rows[0].keys():
-        raise DataError(
-            f"{table}: columns Filename and ClassId expected, found {', '.join(rows[0])}. It must "
-            "be the file of GTSRB_Final_Test_GT.zip, separated by semicolons."
-        )
+    # "00012" in the folder's name is 12 in the table
+    number = {c.lstrip("0") or "0": i for i, c in enumerate(classes)}
+    rows = read_table(table, ("Filename", "ClassId"), source="GTSRB_Final_Test_GT.zip")
     test = checked_split(
         [images / row["Filename"] for row in rows],
-        [known_label(int(row["ClassId"]), number, table) for row in rows],
+        [known_label(row["ClassId"].lstrip("0") or "0", number, table) for row in rows],
         [row["Filename"] for row in rows],
+        table,
     )
     if not honest:
         return Splits(len(classes), everything.subset(hold_out(names, 0.8)[0]), None, test)
@@ -301,14 +298,16 @@ def _svhn(folder: Path, honest: bool) -> Splits:
         file = folder / f"{split}_32x32.mat"
         if not file.is_file():
             raise DataError(f"{file} is missing. Add --download.")
-        raw = loadmat(file)
-        digits = raw["y"].astype(int).reshape(-1)
+        pixels, digits = read_mat(file, "X", "y")
+        digits = digits.astype(int).reshape(-1)
+        wrong = ""
         if not set(digits.tolist()) <= set(range(11)):
-            raise DataError(
-                f"{file}: label {max(digits)} is out of range, expected 1..10 (10 is the digit 0). "
-                "Delete the file and add --download."
-            )
-        images = list(raw["X"].transpose(3, 0, 1, 2))
+            wrong = f"label {max(digits)} is out of range, expected 1..10 (10 is the digit 0)"
+        elif pixels.ndim != 4 or pixels.shape[2:] != (3, len(digits)):
+            wrong = f"pixels of shape {pixels.shape} do not fit {len(digits)} labels"
+        if wrong:
+            raise DataError(f"{file}: {wrong}. Delete the file and add --download.")
+        images = list(pixels.transpose(3, 0, 1, 2))
         names = [f"{split}/{i}" for i in range(len(digits))]
         splits[split] = Split(images, (digits % 10).tolist(), names)
     everything = splits["train"]
@@ -328,7 +327,8 @@ def _food(folder: Path, honest: bool) -> Splits:
             for c, keys in table.items()
             for _ in keys
         ]
-        splits[split] = checked_split([folder / "images" / name for name in names], labels, names)
+        images = [folder / "images" / name for name in names]
+        splits[split] = checked_split(images, labels, names, folder / f"meta/{split}.json")
     kept, held = hold_out(splits["train"].names, 0.8)
     val = splits["train"].subset(held) if honest else None
     return Splits(len(number), splits["train"].subset(kept), val, splits["test"])
@@ -384,7 +384,7 @@ def _vtab_list(folder: Path, file: str, num_classes: int) -> Split:
     if not (folder / file).is_file():
         raise DataError(f"{folder / file} is missing. Unpack vtab-1k again: {SOURCES['vtab']}.")
     names, labels = [], []
-    for row, line in enumerate((folder / file).read_text("utf-8-sig").splitlines(), 1):
+    for row, line in enumerate(read_text(folder / file).splitlines(), 1):
         if not line.strip():
             continue
         # from the right: the released code splits at every blank and breaks on paths with blanks
@@ -396,4 +396,4 @@ def _vtab_list(folder: Path, file: str, num_classes: int) -> Split:
             )
         names.append(name)
         labels.append(int(label))
-    return checked_split([folder / name for name in names], labels, names)
+    return checked_split([folder / name for name in names], labels, names, folder / file)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
 import shutil
 import time
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin, set_seed
+from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list, set_seed
 from epochs import batch_function, evaluate, per_step_batch, train_epoch
 from images import Normalise, Order, build_data, build_loader
 from methods import METHODS, SVP_METHODS, apply_method, load_trained, save_trained
@@ -29,7 +30,7 @@ from run_folder import (
     save_checkpoint,
     write_json,
 )
-from splits import Splits
+from splits import DataError, Splits
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
@@ -42,32 +43,47 @@ logger = logging.getLogger(__name__)
 
 
 def new_parser(description: str, datasets: list[str]) -> argparse.ArgumentParser:
-    """The options of both scripts."""
+    """The options of both scripts; those that default to None take the recipe's value."""
     parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=f"{description} What is left out is taken from recipes.py."
     )
     add = parser.add_argument
+    count, share = _number(int, 1), _number(float, 0.0, 1.0)
     add("--dataset", choices=[*datasets, "all"], required=True, help="all: one after the other")
     add("--data-root", type=Path, required=True, help="the folder with all data sets")
-    add("--output", type=Path, default=Path("runs"))
+    add("--output", type=Path, default=Path("runs"), help="folder for the runs: %(default)s")
     add("--backbone", default="hustvl/Vim-small-midclstok", help="Hub id, folder or file")
-    add("--method", choices=METHODS, default="svp")
-    add("--seeds", type=int, nargs="+", default=None, help="None: the recipe's")
+    add("--method", choices=METHODS, default="svp", help="what is trained: %(default)s")
+    add("--seeds", type=_number(int, 0, 2**32 - 1), nargs="+", help="one run for each")
     add("--recipe", choices=["reference", "paper"], default="reference", help="see recipes.QUIRKS")
-    add("--select", choices=["val", "test", "last"], default=None, help="None: the recipe's")
-    add("--lr", type=float, default=None, help="in use, not scaled by the batch")
-    add("--epochs", type=int, default=None)
-    add("--batch-size", type=int, default=None, help="of all processes and accumulated steps")
-    add("--accumulate", type=int, default=1, help="steps whose gradients add up to one batch")
-    add("--cross-group-size", type=int, default=None)
-    add("--inner-bottleneck", type=int, default=None)
+    add("--select", choices=["val", "test", "last"], help="what chooses the epoch")
+    add("--lr", type=_number(float, 0.0), help="learning rate in use, not scaled by the batch")
+    add("--epochs", type=count)
+    add("--batch-size", type=count, help="of all processes and accumulated steps")
+    add("--accumulate", type=count, default=1, help="steps whose gradients add up to one batch")
+    add("--cross-group-size", type=count, help="blocks that share a cross prompter")
+    add("--inner-bottleneck", type=count, help="width of the inner prompters")
     add("--mixed-precision", choices=["no", "bf16", "fp16"], default="no")
-    add("--ema", type=float, default=None, help="decay; the released code uses 0.99996")
-    add("--workers", type=int, default=min(16, os.cpu_count() or 1), help="per process")
-    add("--checkpoint-seconds", type=float, default=60, help="time between checkpoints")
-    add("--steps", type=int, default=None, help="end every epoch after so many, to try things out")
-    add("--cpu", action="store_true")
+    add("--ema", type=share, help="decay of a moving average; the released code uses 0.99996")
+    add("--workers", type=_number(int, 0), default=min(16, os.cpu_count() or 1), help="per process")
+    add("--checkpoint-seconds", type=_number(float, 0.0), default=60, help="between checkpoints")
+    add("--steps", type=count, help="end every epoch after so many, to try things out")
+    add("--cpu", action="store_true", help="do not use a GPU")
     return parser
+
+
+def _number(kind: type, low: float, high: float = math.inf) -> Callable[[str], Any]:
+    """A type for argparse: a finite number from `low` to `high`."""
+
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not low <= value <= high or not math.isfinite(value):
+            limits = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+            raise argparse.ArgumentTypeError(f"{text} is not a number of {limits}")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
 
 
 def chosen_recipe(row: Recipe, options: argparse.Namespace) -> Recipe:
@@ -98,35 +114,81 @@ def run_suite(
     load: Callable[[str, Recipe], Splits],
     options: argparse.Namespace,
 ) -> list[dict[str, Any]]:
-    """Every data set and seed that the options ask for; complete runs are not repeated."""
+    """Every data set and seed that the options ask for; complete runs are not repeated.
+
+    Raises:
+        DataError: data sets cannot be used. Of "all", the others were run.
+    """
     logging.basicConfig(format="%(message)s")
     logger.setLevel(logging.INFO)
     accelerator = new_accelerator(options)
-    results = []
+    results: list[dict[str, Any]] = []
+    left_out = []
     for dataset in rows if options.dataset == "all" else [options.dataset]:
         recipe = chosen_recipe(rows[dataset], options)
-        splits = None
-        for seed in options.seeds or [recipe.seed]:
-            folder = options.output / dataset / options.method / f"seed{seed}"
-            if accelerator.is_main_process:
-                claim(folder, settings_of(accelerator, recipe, options, seed))
-            accelerator.wait_for_everyone()
-            result = result_of(folder)
-            if result is None:
-                splits = splits or load(dataset, recipe)
-                result = run(accelerator, folder, splits, recipe, options, seed)
-            results.append(result)
-            if accelerator.is_main_process:
-                print(
-                    f"{dataset:<20} {options.method:<12} seed {seed}  "
-                    f"test accuracy {result['test_accuracy']:.2%}  "
-                    f"trained {result['trained_parameters']:,}  {folder}"
+        try:
+            results += run_seeds(accelerator, dataset, recipe, load, options)
+        except DataError as error:
+            # the other processes may not have met the same file
+            if options.dataset != "all" or accelerator.num_processes > 1:
+                raise
+            left_out.append(dataset)
+            logger.error("%s is left out: %s", dataset, error)
+            accelerator.free_memory()
+    if left_out:
+        raise DataError(
+            f"{len(left_out)} of {len(rows)} data sets left out, for the reasons above: "
+            f"{', '.join(left_out)}. Put them right and run the same command again: it runs what "
+            "is missing."
+        )
+    return results
+
+
+def run_seeds(
+    accelerator: Accelerator,
+    dataset: str,
+    recipe: Recipe,
+    load: Callable[[str, Recipe], Splits],
+    options: argparse.Namespace,
+) -> list[dict[str, Any]]:
+    """Every seed of one data set."""
+    results = []
+    splits = None
+    for seed in options.seeds or [recipe.seed]:
+        folder = options.output / dataset / options.method / f"seed{seed}"
+        if accelerator.is_main_process:
+            claim(folder, settings_of(accelerator, recipe, options, seed))
+        accelerator.wait_for_everyone()
+        result = result_of(folder)
+        if result is None:
+            splits = splits or load(dataset, recipe)
+            if splits.num_classes != recipe.num_classes:
+                logger.warning(
+                    "%s: %d classes found, the whole data set has %d",
+                    dataset,
+                    splits.num_classes,
+                    recipe.num_classes,
                 )
+            result = run(accelerator, folder, splits, recipe, options, seed)
+        results.append(result)
+        if accelerator.is_main_process:
+            print(
+                f"{dataset:<20} {options.method:<12} seed {seed}  "
+                f"test accuracy {result['test_accuracy']:.2%}  "
+                f"trained {result['trained_parameters']:,}  {folder}",
+                flush=True,
+            )
     return results
 
 
 def lr_of(recipe: Recipe, options: argparse.Namespace) -> float:
-    return options.lr or METHOD_LR.get(options.method, recipe.lr)
+    return METHOD_LR.get(options.method, recipe.lr) if options.lr is None else options.lr
+
+
+def variant_of(options: argparse.Namespace) -> str:
+    """What the command line makes of the method; "" for the recipe's own."""
+    named = (("group size", options.cross_group_size), ("bottleneck", options.inner_bottleneck))
+    return ", ".join(f"{name} {value}" for name, value in named if value is not None)
 
 
 def settings_of(
@@ -192,13 +254,13 @@ def run(
     model.to(device)
     rank, world = accelerator.process_index, accelerator.num_processes
     size = model.img_size[0]
-    batch = per_step_batch(recipe.batch_size, world * options.accumulate, len(splits.train))
+    batch = per_step_batch(recipe, world * options.accumulate, len(splits.train))
     order = Order(len(splits.train), seed, rank, world)
     train_data = build_data(splits.train, recipe.augment, size, device, training=True)
     train_loader = build_loader(train_data, order, batch, options.workers, drop_last=True)
     # an epoch is a whole number of batches for every process
     steps = len(splits.train) // recipe.batch_size * options.accumulate
-    steps = min(steps, options.steps or steps)
+    steps = steps if options.steps is None else min(steps, options.steps)
 
     def eval_loader(split) -> DataLoader:
         data = build_data(split, recipe.augment, size, device, training=False)
@@ -243,7 +305,7 @@ def run(
     for epoch in range(progress["epochs_done"], recipe.epochs):
         # all randomness of an epoch follows from (seed, epoch, process), so a resumed run draws
         # what the uninterrupted one drew
-        set_seed(seed * 1_000_003 + epoch * 1_009 + rank)
+        set_seed((seed * 1_000_003 + epoch * 1_009 + rank) % 2**32)
         order.epoch = epoch
         schedule.step(max(epoch - recipe.schedule_lag, 0))
         row = {"epoch": epoch, "lr": optimizer.param_groups[0]["lr"]}
@@ -262,8 +324,10 @@ def run(
             append_metrics(folder, row)
             for name, value in row.items() if writer else ():
                 writer.add_scalar(name, value, epoch)
-        due = time.monotonic() - last_checkpoint >= options.checkpoint_seconds
-        if due or epoch == recipe.epochs - 1:
+        # all processes take part in a checkpoint, and each has a clock of its own
+        due = [time.monotonic() - last_checkpoint >= options.checkpoint_seconds]
+        broadcast_object_list(due)
+        if due[0] or epoch == recipe.epochs - 1:
             _save(accelerator, plain, options.method, folder / "last")
             extra = {"ema.pt": ema.state_dict()} if ema else {}
             save_checkpoint(accelerator, plain, folder, epoch, progress, extra)
@@ -280,6 +344,7 @@ def run(
     result = {
         "dataset": recipe.dataset,
         "method": options.method,
+        "variant": variant_of(options),
         "seed": seed,
         "select": recipe.select,
         "lr": lr,

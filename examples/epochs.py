@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 from accelerate import Accelerator
-from images import Normalise
+from images import Normalise, batches
 from recipes import Recipe
 from run_folder import RunError
 from timm.data import Mixup
@@ -20,12 +20,13 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 
-def per_step_batch(batch_size: int, parts: int, images: int) -> int:
-    """Images per process and step, so that `parts` of them make one batch.
+def per_step_batch(recipe: Recipe, parts: int, images: int) -> int:
+    """Images per process and step, so that `parts` of them make one batch of the recipe.
 
     Raises:
         RunError: they cannot.
     """
+    batch_size = recipe.batch_size
     if batch_size % parts:
         raise RunError(
             f"a batch of {batch_size} cannot be divided among {parts} processes and accumulated "
@@ -35,6 +36,11 @@ def per_step_batch(batch_size: int, parts: int, images: int) -> int:
         raise RunError(
             f"{images} training images do not fill one batch of {batch_size}. Choose a smaller "
             "--batch-size."
+        )
+    if (recipe.mixup or recipe.cutmix) and batch_size // parts % 2:
+        raise RunError(
+            f"a step of a process has {batch_size // parts} images, but Mixup mixes two by two. "
+            "Choose a --batch-size that leaves an even number."
         )
     return batch_size // parts
 
@@ -83,7 +89,7 @@ def train_epoch(
     totals = torch.zeros(2, device=accelerator.device, dtype=torch.float64)
     started = time.perf_counter()
     waited, seen = 0.0, 0
-    batches = iter(loader)
+    incoming = batches(loader)
     bar = tqdm(
         total=steps,
         desc=f"epoch {epoch + 1}/{recipe.epochs}",
@@ -94,7 +100,7 @@ def train_epoch(
     )
     for step in range(steps):
         asked = time.perf_counter()
-        images, labels = next(batches)
+        images, labels = next(incoming)
         waited += time.perf_counter() - asked
         images, labels, targets = prepare_batch(images, labels)
         with accelerator.accumulate(model):
@@ -144,7 +150,7 @@ def evaluate(
     model.eval()
     correct = torch.zeros((), device=accelerator.device)
     seen = 0
-    for images, labels in loader:
+    for images, labels in batches(loader):
         labels = labels.to(accelerator.device, non_blocking=True)
         correct += (model(normalise(images)).argmax(1) == labels).sum()
         seen += len(labels)

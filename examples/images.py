@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from splits import DataError, Split
 from timm.data import (
     IMAGENET_DEFAULT_MEAN,
@@ -33,6 +33,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 Transform = Callable[[Image.Image], Tensor]
 # the part of the free memory that decoded images may take
 MEMORY_SHARE = 0.4
+# images that are on their way to the device at once: it may have more memory than its host
+PART = 1024
 
 
 def read_image(path: Path) -> Image.Image:
@@ -46,10 +48,12 @@ def read_image(path: Path) -> Image.Image:
             image.load()
             if image.mode.startswith("I"):
                 # Pillow cuts 16-bit values at 255 instead of scaling them
-                values = np.asarray(image).astype(np.float64)
-                return Image.fromarray((values / 257).round().astype(np.uint8)).convert("RGB")
+                values = (np.asarray(image).astype(np.float64) / 257).round().clip(0, 255)
+                return Image.fromarray(values.astype(np.uint8)).convert("RGB")
             return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, UnidentifiedImageError) as error:
+    except Image.DecompressionBombError as error:
+        raise DataError(f"{path}: {error}. Make the image smaller, or leave it out.") from error
+    except Exception as error:  # the decoders of damaged files raise whatever they stumble over
         raise DataError(
             f"{path}: not a readable image ({error}). Unpack the archive again; the file is "
             "probably truncated."
@@ -138,7 +142,7 @@ def decoded(split: Split, free_bytes: int) -> Split:
     estimate = 3 * len(split) * sum(w * h for w, h in sample) // len(sample)
     if estimate > MEMORY_SHARE * free_bytes:
         return split
-    arrays = _in_threads(lambda path: np.asarray(read_image(path)), split.images)
+    arrays = list(_in_threads(lambda path: np.asarray(read_image(path)), split.images))
     return Split(arrays, split.labels, split.names)
 
 
@@ -148,8 +152,12 @@ def resident(
     """The transformed split on the device, or None if it would not fit."""
     if 3 * size * size * len(split) > MEMORY_SHARE * free_memory(device):
         return None
-    images = torch.stack(_in_threads(lambda image: transform(open_image(image)), split.images))
-    return Resident(images.to(device), torch.tensor(split.labels, device=device))
+    images = torch.empty((len(split), 3, size, size), dtype=torch.uint8, device=device)
+    for start in range(0, len(split), PART):
+        part = split.images[start : start + PART]
+        done = torch.stack(list(_in_threads(lambda image: transform(open_image(image)), part)))
+        images[start : start + len(part)] = done.to(device)
+    return Resident(images, torch.tensor(split.labels, device=device))
 
 
 def build_data(
@@ -165,16 +173,17 @@ def build_data(
 
 
 def free_memory(device: torch.device) -> int:
-    """Free bytes of the device's memory."""
+    """Free bytes of the device's memory, this process's part of them."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
+    # torchrun says how many processes share this machine
+    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def _in_threads(function: Callable, items: Sequence) -> list:
+def _in_threads(function: Callable, items: Sequence) -> Iterator:
     # Pillow decodes and resizes outside of the interpreter lock
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(function, items))
+        yield from pool.map(function, items)
 
 
 class Order(Sampler[int]):
@@ -218,6 +227,14 @@ def build_loader(
         collate_fn=_as_is if on_device else _stack,
         pin_memory=torch.cuda.is_available() and not on_device,
     )
+
+
+def batches(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
+    """One pass over the loader; what a worker found wrong with a file, without its traceback."""
+    try:
+        yield from loader
+    except DataError as error:
+        raise DataError(str(error).rpartition("DataError: ")[2].strip()) from error
 
 
 def _as_is(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

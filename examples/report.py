@@ -22,17 +22,19 @@ from typing import Any
 
 import matplotlib
 from methods import METHODS
-from run_folder import read_metrics
+from run_folder import read_metrics, result_of
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 BEGIN, END = "<!-- report -->", "<!-- end of report -->"
 BLUE, GREY = "#2a6fb0", "#7a7a7a"
-# title, labels of evidence.py, and what svp itself has there
+# what svp itself has in evidence.py
+GROUP_SIZE, BOTTLENECK = 4, 64
+# title, labels of evidence.py, and svp's own
 ABLATIONS = (
-    ("Blocks that share a cross prompter", "group size ", 4),
-    ("Width of the inner prompter", "bottleneck ", 64),
+    ("Blocks that share a cross prompter", "group size ", GROUP_SIZE),
+    ("Width of the inner prompter", "bottleneck ", BOTTLENECK),
 )
 
 
@@ -55,9 +57,15 @@ class Row:
 def read_runs(paths: Iterable[Path]) -> list[Row]:
     """The complete runs under the folders, and the tested ones of evidence files."""
     rows = []
+    seen: set[Path] = set()
     for path in paths:
         if path.is_dir():
-            found = [json.loads(file.read_text()) for file in sorted(path.rglob("result.json"))]
+            # a run that two of the folders hold is one run
+            files = [
+                file for file in sorted(path.rglob("result.json")) if file.resolve() not in seen
+            ]
+            seen |= {file.resolve() for file in files}
+            found = [json.loads(file.read_text()) for file in files]
             rows += [_row(r, r["dataset"], r["test_accuracy"]) for r in found]
         elif path.is_file():
             found = json.loads(path.read_text())["rows"]
@@ -71,9 +79,20 @@ def read_runs(paths: Iterable[Path]) -> list[Row]:
 
 
 def _row(raw: dict[str, Any], dataset: str, accuracy: float) -> Row:
-    keys = ("method", "seed", "trained_parameters", "head_parameters", "lr")
+    keys = ("seed", "trained_parameters", "head_parameters", "lr")
     known = {key: raw[key] for key in keys}
-    return Row(dataset=dataset, accuracy=100 * accuracy, select=raw.get("select", "last"), **known)
+    return Row(
+        dataset=dataset,
+        method=label(raw),
+        accuracy=100 * accuracy,
+        select=raw.get("select", "last"),
+        **known,
+    )
+
+
+def label(raw: dict[str, Any]) -> str:
+    """The method, and what the command line changed of it."""
+    return f"{raw['method']}, {raw['variant']}" if raw.get("variant") else raw["method"]
 
 
 # ---- tables --------------------------------------------------------------------------------------
@@ -146,6 +165,20 @@ def claims_table(rows: Sequence[Row]) -> str:
     return markdown(["claim", "difference of the means", "tasks ahead", "holds here"], lines)
 
 
+def middle_is_best(rows: Sequence[Row]) -> str:
+    """Whether neither the smallest nor the largest size has the best mean; methods are sizes."""
+    by_size = {size: seed_means(rows, size) for size in methods_in(rows)}
+    means = {size: statistics.fmean(found) for size, found in by_size.items() if found}
+    best = max(means, key=means.__getitem__)
+    ends = (next(iter(means)), list(means)[-1])
+    holds = "yes" if best not in ends else "no"
+    spread = max(means.values()) - min(means.values())
+    return (
+        f"The paper finds a middle size best. Best here: {best}; it holds here: {holds}. All sizes "
+        f"lie within {spread:.1f} points."
+    )
+
+
 def rates_table(rows: Sequence[Row]) -> str:
     datasets = list(dict.fromkeys(row.dataset for row in rows))
     lines = []
@@ -188,6 +221,8 @@ def evidence_report(file: Path) -> str:
             numbered.sort(key=lambda pair: pair[0])
             shown = [replace(row, method=str(number)) for number, row in numbered]
             parts += [f"## {title}", accuracy_table(shown, first="")]
+            if value == GROUP_SIZE:
+                parts.append(middle_is_best(shown))
     parts += ["## Learning rates chosen on validation", rates_table(compared)]
     anchors = [row for row in raw["rows"] if row["phase"] == "anchor"]
     if anchors:
@@ -229,9 +264,11 @@ def plot_curves(folders: Iterable[Path], file: Path) -> bool:
     """Training loss of every run under the folders; False if there is none."""
     runs = [run.parent for folder in folders for run in sorted(folder.rglob("metrics.jsonl"))]
     panels: dict[str, dict[str, list[list[float]]]] = defaultdict(lambda: defaultdict(list))
-    for run in runs:
+    for run in dict.fromkeys(run.resolve() for run in runs):
         losses = [row["loss"] for row in read_metrics(run)]
-        panels[run.parent.parent.name][run.parent.name].append(losses)
+        result = result_of(run)
+        name = run.parent.name if result is None else label(result)
+        panels[run.parent.parent.name][name].append(losses)
     if not panels:
         return False
     columns = min(len(panels), 4)

@@ -44,13 +44,17 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
     """Make `folder` the one of the run with these settings; more of them may be added later.
 
     Raises:
-        RunError: it belongs to a run with other settings.
+        RunError: it belongs to a run with other settings, which has finished an epoch.
     """
     with disk(folder):
         folder.mkdir(parents=True, exist_ok=True)
     settings = json.loads(json.dumps(settings))
     file = folder / "run.json"
+    begun = (folder / "metrics.jsonl").exists() or (folder / "result.json").exists()
     found = json.loads(file.read_text()) if file.is_file() else {}
+    if not begun and any(settings[key] != found[key] for key in settings.keys() & found.keys()):
+        # a command that failed at once, now corrected
+        found = {}
     differ = [key for key in settings if key in found and settings[key] != found[key]]
     if differ:
         shown = ", ".join(f"{k} ({found[k]!r}, now {settings[k]!r})" for k in differ[:4])

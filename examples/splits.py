@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import os
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from scipy.io import loadmat
 
 
 class DataError(Exception):
@@ -77,10 +79,14 @@ def any_case(folder: Path, relative: str) -> Path | None:
     return folder
 
 
-def checked_split(images: list[Path], labels: list[int], names: list[str]) -> Split:
-    """Checks that every file is there: one listing per folder, not one look-up per image."""
+def checked_split(images: list[Path], labels: list[int], names: list[str], where: Path) -> Split:
+    """Checks that every file is there: one listing per folder, not one look-up per image.
+
+    Args:
+        where: the list that names the images, or their folder, for messages.
+    """
     if not images:
-        raise DataError("a split without a single image. Unpack the data set again.")
+        raise DataError(f"{where} names no image at all. Unpack the data set again.")
     present = {folder: _listing(folder) for folder in {path.parent for path in images}}
     missing = [path for path in images if path.name not in present[path.parent]]
     if missing:
@@ -106,9 +112,73 @@ def read_json(file: Path, source: str) -> dict:
     if not file.is_file():
         raise DataError(f"{file} is missing: it lists the images. Put in {source}.")
     try:
-        return json.loads(file.read_text("utf-8-sig"))
+        table = json.loads(read_text(file))
     except json.JSONDecodeError as error:
         raise DataError(f"{file} is not valid JSON ({error}). Unpack it again.") from error
+    kinds = {type(value) for value in table.values()} if isinstance(table, dict) else set()
+    if len(kinds) != 1 or not kinds <= {str, int, list}:
+        raise DataError(
+            f"{file} is not a table of images: it must be one JSON object whose values are all "
+            "class ids, or all lists of images. Unpack it again."
+        )
+    return table
+
+
+def read_text(file: Path) -> str:
+    """The text of a list, with or without a byte order mark."""
+    try:
+        return file.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is not UTF-8 ({error}). Save it as UTF-8.") from error
+
+
+def read_table(file: Path, columns: Sequence[str], source: str) -> list[dict[str, str]]:
+    """Rows of a table separated by semicolons; an error says where `source` has it."""
+    lines = csv.DictReader(read_text(file).splitlines(), delimiter=";", skipinitialspace=True)
+    rows = [{key: (value or "").strip() for key, value in row.items() if key} for row in lines]
+    if rows and not set(columns) <= rows[0].keys():
+        raise DataError(
+            f"{file}: columns {' and '.join(columns)} expected, found {', '.join(rows[0])}. It "
+            f"must be the file of {source}, separated by semicolons."
+        )
+    return rows
+
+
+def read_mat(file: Path, *keys: str) -> list[np.ndarray]:
+    """Arrays of a Matlab file."""
+    try:
+        found = loadmat(file)
+        return [found[key] for key in keys]
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # scipy raises whatever it stumbles over
+        raise DataError(
+            f"{file} is not a whole Matlab file with {', '.join(keys)} ({error!r}). Delete it and "
+            "add --download."
+        ) from error
+
+
+def check_labels(name: str, splits: Splits) -> None:
+    """Every label names a class, and every class has a training image.
+
+    Raises:
+        DataError: otherwise.
+    """
+    known = range(splits.num_classes)
+    for part in ("train", "val", "test"):
+        split = getattr(splits, part)
+        wrong = sorted({label for label in split.labels if label not in known}) if split else []
+        if wrong:
+            raise DataError(
+                f"{name}: label {few(wrong)} of the {part} split is out of range: there are "
+                f"{splits.num_classes} classes. Unpack the archive again, it is damaged."
+            )
+    missing = sorted(set(known) - set(splits.train.labels))
+    if missing:
+        raise DataError(
+            f"{name}: no training image of class {few(missing)}: its output would never be "
+            "trained. Unpack the archive again, the folder is probably incomplete."
+        )
 
 
 def _listing(folder: Path) -> set[str]:

@@ -269,11 +269,15 @@ def test_a_loss_that_is_not_finite_stops_the_run(
 
 
 def test_batches_that_cannot_be_divided_or_filled_are_refused():
-    assert per_step_batch(96, 4, 1000) == 24
+    assert per_step_batch(HTA["cub"], 4, 1000) == 24
     with pytest.raises(RunError, match="a batch of 96 cannot be divided among 5"):
-        per_step_batch(96, 5, 1000)
+        per_step_batch(HTA["cub"], 5, 1000)
     with pytest.raises(RunError, match="20 training images do not fill one batch of 96"):
-        per_step_batch(96, 1, 20)
+        per_step_batch(HTA["cub"], 1, 20)
+    with pytest.raises(RunError, match="3 images, but Mixup"):
+        per_step_batch(HTA["cub"], 32, 1000)
+    # no Mixup there
+    assert per_step_batch(HTA["svhn"], 32, 1000) == 3
 
 
 def test_the_command_line_changes_the_recipe():

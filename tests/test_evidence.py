@@ -7,6 +7,7 @@ import evidence
 import evidence_bench
 import numpy as np
 import pytest
+import report
 import torch
 from evidence_bench import Bench, capture, new_bench, new_model, reset, run_step, run_together
 from evidence_tasks import STRUCTURED, Task, _outline, load_task
@@ -34,6 +35,11 @@ def _small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evidence_bench, "BATCH", 8)
     monkeypatch.setattr(evidence_bench, "EVAL_BATCH", 8)
     monkeypatch.setattr(evidence, "BATCH", 8)
+
+
+def test_the_report_puts_svp_itself_where_it_belongs_among_the_ablations():
+    sizes = (evidence_bench.GROUP_SIZE, evidence_bench.BOTTLENECK)
+    assert (report.GROUP_SIZE, report.BOTTLENECK) == sizes
 
 
 def test_digits_keep_their_labels_when_enlarged(few_digits: Task):

@@ -50,6 +50,34 @@ def test_a_seed_that_lacks_a_data_set_does_not_count_in_the_mean(runs: Path):
     assert report.seed_means(rows, "svp") == pytest.approx([70.0, 73.0])
 
 
+def test_a_run_counts_once_however_often_its_folder_is_named(runs: Path):
+    once, twice = report.read_runs([runs]), report.read_runs([runs, runs / "cub", runs])
+    assert len(once) == len(twice) == 8
+
+
+def test_what_the_command_line_changed_is_a_method_of_its_own(runs: Path, tmp_path: Path):
+    other = tmp_path / "groups of six"
+    write_run(other, "cub", "svp", 0, 0.5, 251_000)
+    write_run(other, "dtd", "svp", 0, 0.5, 251_000)
+    for file in other.rglob("result.json"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"variant": "group size 6"}))
+    table = report.accuracy_table(report.read_runs([runs, other])).splitlines()
+    assert table[2].startswith("| svp | 250.0 | 82.0")
+    assert table[-1] == "| svp, group size 6 | 250.0 | 50.0 | 50.0 | 50.0 |"
+    report.plot_curves([runs, other], tmp_path / "curves.svg")
+    assert (tmp_path / "curves.svg").is_file()
+
+
+@pytest.mark.parametrize(("best", "holds"), [(1, "no"), (4, "yes"), (12, "no")])
+def test_the_middle_size_is_said_to_be_best_only_where_it_is(best: int, holds: str, tmp_path: Path):
+    for size in (1, 4, 12):
+        write_run(tmp_path, "cub", str(size), 0, 0.8 if size == best else 0.7, 1000)
+    rows = sorted(report.read_runs([tmp_path]), key=lambda row: int(row.method))
+    text = report.middle_is_best(rows)
+    assert f"Best here: {best}; it holds here: {holds}." in text
+    assert "within 10.0 points" in text
+
+
 def test_claims_that_do_not_hold_are_said_not_to_hold(runs: Path):
     write_run(runs, "cub", "vpt-deep", 0, 0.9, 2000)
     write_run(runs, "dtd", "vpt-deep", 0, 0.6, 2000)
@@ -93,6 +121,7 @@ def test_an_evidence_file_gives_every_table(tmp_path: Path):
     ablation = text[text.index("## Blocks") :].splitlines()
     assert ablation[4].startswith("| 1 | 1.0 | 80.0")
     assert ablation[5].startswith("| 4 | 1.0 | 90.0")
+    assert "Best here: 4; it holds here: no." in text
     assert "| svp, lr 0.006 | 96.3 |" in text
     assert "| linear | 0.002 | 0.002 |" in text
 
