@@ -23,6 +23,7 @@ from recipes import METHOD_LR, Recipe, paper_faithful
 from run_folder import (
     append_metrics,
     claim,
+    cut_metrics,
     disk,
     latest_checkpoint,
     load_checkpoint,
@@ -296,6 +297,8 @@ def run(
         if ema:
             ema.load_state_dict(torch.load(checkpoint / "ema.pt", map_location=device))
         logger.info("%s: going on after epoch %d", folder, progress["epochs_done"])
+    if accelerator.is_main_process:
+        cut_metrics(folder, progress["epochs_done"])
     writer = _tensorboard(folder, progress["epochs_done"]) if accelerator.is_main_process else None
     normalise = Normalise(device, recipe.erase if recipe.augment == "reference" else 0.0)
     evaluation_normalise = Normalise(device)

@@ -91,6 +91,16 @@ def read_metrics(folder: Path, epochs: int | None = None) -> list[dict[str, Any]
     return rows
 
 
+def cut_metrics(folder: Path, epochs: int) -> None:
+    """Keep the first `epochs` epochs: those after the checkpoint are trained again."""
+    if (folder / "metrics.jsonl").is_file():
+        rows = read_metrics(folder, epochs)
+        partial = folder / "metrics.jsonl.partial"
+        with disk(folder):
+            partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            os.replace(partial, folder / "metrics.jsonl")
+
+
 def save_checkpoint(
     accelerator: Accelerator,
     model: nn.Module,
@@ -174,14 +184,7 @@ def load_checkpoint(
         shutil.rmtree(folder / "best", ignore_errors=True)
         if (checkpoint / "best").is_dir():
             shutil.copytree(checkpoint / "best", folder / "best")
-    progress = json.loads((checkpoint / "progress.json").read_text())
-    if accelerator.is_main_process:
-        # epochs after the checkpoint are trained, and written, again
-        rows = read_metrics(folder, progress["epochs_done"])
-        partial = folder / "metrics.jsonl.partial"
-        partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        os.replace(partial, folder / "metrics.jsonl")
-    return progress
+    return json.loads((checkpoint / "progress.json").read_text())
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """What the loop promises: resuming, clear errors, accumulation, several processes, the methods."""
 
+import errno
 import json
 import os
 import resource
@@ -123,6 +124,25 @@ def test_what_a_kill_leaves_half_written_is_written_again(
         file.write('{"epoch": 2, "lo')
     train_hta.main(arguments)
     assert_same_run(folder, done)
+
+
+def test_a_run_stopped_before_its_first_checkpoint_starts_anew(
+    uninterrupted: Path, tiny_backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    arguments = command(tiny_backbone, uninterrupted / "data", tmp_path, epochs=4)
+
+    def full(*_: object) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Accelerator, "save_state", full)
+    with pytest.raises(RunError, match="Make room"):
+        train_hta.main(arguments)
+    monkeypatch.undo()
+    folder = tmp_path / "dtd/svp/seed0"
+    # the epoch is written down, but nothing can go on from it
+    assert len(read_metrics(folder)) == 1
+    train_hta.main(arguments)
+    assert_same_run(folder, uninterrupted / "out/dtd/svp/seed0")
 
 
 def test_another_run_is_refused_the_folder(uninterrupted: Path, tiny_backbone: Path):
