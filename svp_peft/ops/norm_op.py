@@ -8,6 +8,7 @@ from torch import Tensor, library
 from svp_peft.ops import reference
 from svp_peft.ops.backends import choose, kernels, provides
 from svp_peft.ops.derivatives import refuse_second
+from svp_peft.ops.shapes import expect
 
 
 def add_norm(
@@ -42,8 +43,17 @@ def add_norm(
         The normalised sum in hidden's dtype and the sum itself in `residual_dtype`.
 
     Raises:
+        InputError: shapes that do not fit together.
         BackendError: a backend was named that cannot run on these tensors.
     """
+    width = hidden.shape[-1:]
+    if (
+        weight.shape != width
+        or (bias is not None and bias.shape != width)
+        or (residual is not None and residual.shape != hidden.shape)
+    ):
+        given = f"hidden {tuple(hidden.shape)}"
+        expect(given, weight=(weight, width), bias=(bias, width), residual=(residual, hidden.shape))
     if residual_dtype is None:
         residual_dtype = hidden.dtype if residual is None else residual.dtype
     # the C++ kernels are float32: halves on a CPU take plain PyTorch, as in `mixer`

@@ -7,10 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from svp_peft.errors import InputError
 from svp_peft.ops import reference
 from svp_peft.ops.backends import choose, kernels, provides
 from svp_peft.ops.casting import cast, compute_dtype
 from svp_peft.ops.derivatives import refuse_second
+from svp_peft.ops.shapes import expect
 from svp_peft.ops.types import Cache
 
 # up to this many elements of x the pre-activations are kept for the backward pass; beyond it they
@@ -55,11 +57,13 @@ def svp_prompt(
         products are in the autocast dtype, else in the wider of x's dtype and the weights'.
 
     Raises:
+        InputError: shapes that do not fit together, or a position beyond the last token.
         BackendError: a backend was named that cannot run on these tensors.
 
     Source: SVP (arXiv 2412.08947), equations of the cross and the inner prompter.
     """
     tensors = (cross_weight, cross_bias, down_weight, down_bias, up_weight, up_bias, alpha, beta)
+    _check(x, alpha, beta, skip)
     # the kernels see x and the products: both must be of a dtype that the backend knows
     product = x.dtype if cross_weight is None else _product_dtype(x, cross_weight)
     halves = [dtype for dtype in (x.dtype, product) if dtype.itemsize < 4]
@@ -82,6 +86,18 @@ def svp_prompt(
     if down_weight is not None and up_weight is not None:
         inner = F.linear(F.linear(tokens, down_weight, down_bias), up_weight, up_bias)
     return reference.prompt(x, cross, inner, alpha, beta, skip, drop=drop)
+
+
+def _check(x: Tensor, alpha: Tensor | None, beta: Tensor | None, skip: Sequence[int]) -> None:
+    """What no matrix product checks."""
+    if x.dim() != 3 or (skip and not 0 <= skip[0] <= skip[-1] < x.shape[1]):
+        raise InputError(
+            f"x has shape {tuple(x.shape)} and skip is {tuple(skip)}: the prompt takes x (batch, "
+            f"L, d_model) and sorted positions in 0..L-1."
+        )
+    width = x.shape[2:]
+    if (alpha is not None and alpha.shape != width) or (beta is not None and beta.shape != width):
+        expect(f"x {tuple(x.shape)}", alpha=(alpha, width), beta=(beta, width))
 
 
 def _is_plain(weight: Tensor | None) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor, library
 
 from svp_peft.errors import InputError
 from svp_peft.ops.backends import choose, kernels
+from svp_peft.ops.shapes import expect, expect_conv, expect_scan
 from svp_peft.ops.types import ScanNeeds
 
 
@@ -96,8 +97,10 @@ def scan(
     """`svp_peft.ops.reference.scan` on a backend: same arguments, same results.
 
     Raises:
+        InputError: shapes that do not fit together.
         BackendError: a backend was named that cannot run on these tensors.
     """
+    expect_scan(u, dt, B, C, z, A_log, D, dt_weight, dt_bias, reverse)
     name = choose(backend, u[0].device, u[0].dtype)
     if name in ("reference", "mamba_ssm"):
         with torch.autocast(u[0].device.type, enabled=False):
@@ -124,8 +127,10 @@ def conv_silu(
     """`svp_peft.ops.reference.conv_silu` on a backend: same arguments, same results.
 
     Raises:
+        InputError: shapes that do not fit together.
         BackendError: a backend was named that cannot run on these tensors.
     """
+    expect_conv(x, weight, bias, reverse)
     name = choose(backend, x.device, x.dtype)
     if name in ("reference", "mamba_ssm"):
         with torch.autocast(x.device.type, enabled=False):
@@ -359,22 +364,18 @@ def _check(
         )
     batch, d_inner, length = u.shape
     d_state = A.shape[1]
-    expected = {
-        "u": (u, (batch, d_inner, length)),
-        "delta": (delta, (batch, d_inner, length)),
-        "A": (A, (d_inner, d_state)),
-        "B": (B, (batch, d_state, length)),
-        "C": (C, (batch, d_state, length)),
-        "D": (D, (d_inner,)),
-        "z": (z, (batch, d_inner, length)),
-        "delta_bias": (delta_bias, (d_inner,)),
-    }
-    for name, (tensor, shape) in expected.items():
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise InputError(
-                f"{name} has shape {tuple(tensor.shape)} and should have {shape}, given "
-                f"u {tuple(u.shape)} and A {tuple(A.shape)}."
-            )
+    expect(
+        f"u {tuple(u.shape)} and A {tuple(A.shape)}",
+        delta=(delta, (batch, d_inner, length)),
+        A=(A, (d_inner, d_state)),
+        B=(B, (batch, d_state, length)),
+        C=(C, (batch, d_state, length)),
+        D=(D, (d_inner,)),
+        z=(z, (batch, d_inner, length)),
+        delta_bias=(delta_bias, (d_inner,)),
+    )
+    named = {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "bias": delta_bias}
+    for name, tensor in named.items():
         if tensor is not None and not tensor.is_floating_point():
             raise InputError(
                 f"{name} is {str(tensor.dtype).removeprefix('torch.')}: the scan is over real "
