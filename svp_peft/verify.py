@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import random
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 import torch
@@ -45,9 +46,12 @@ def verify_backbone(
     """Run one batch and prove that prompts go where they should; the model is left as it was.
 
     Proves that a fresh adapter changes no bit of the output, that every block runs and gets
-    prompts once its scales are not zero, and that the tokens without prompts are exactly those
-    that the model's class token parameters end up in: these are changed for a moment to see
-    where. The model runs in eval mode without gradients, four times.
+    prompts once its scales are not zero and that these reach the output, and that the tokens
+    without prompts are exactly those that the model's class token parameters end up in: these are
+    changed for a moment to see where. The model runs up to five times, in eval mode, without
+    gradients and with the same random numbers each time. All runs are frozen as `apply_svp` leaves
+    the model: PyTorch multiplies by weights that require gradients in another order, which shows
+    in the last bits.
 
     Args:
         images: a batch as the model takes it, or a tuple of its positional arguments.
@@ -55,25 +59,22 @@ def verify_backbone(
 
     Raises:
         BackboneNotSupportedError: the model does not fit; says what was expected and seen.
+        InputError: a block was called with something else than the tokens of the spec.
         AlreadyAppliedError: the model carries SVP already.
     """
     spec = check_patchable(model, backbone)
     arguments = images if isinstance(images, tuple) else (images,)
     config = SVPConfig(inner_bottleneck=1, cross_group_size=len(spec.blocks), modules_to_save=())
     entered, prompted = _Recorder(), _Recorder()
-    with _evaluating(model), torch.no_grad(), torch.random.fork_rng():
-        base = _run(model, arguments)
-        if not _same(base, _run(model, arguments)):
-            raise BackboneNotSupportedError(
-                f"{type(model).__name__} gives two outputs for one batch in eval mode: it draws "
-                "random numbers, so that nothing can be compared. Switch that off first."
-            )
+    with _at_rest(model), torch.no_grad():
+        base = _base_output(model, arguments)
         blocks = [model.get_submodule(path) for path in spec.blocks]
         handles = [
             block.register_forward_pre_hook(entered.hook(index, spec), with_kwargs=True)
             for index, block in enumerate(blocks)
         ]
-        apply_svp(model, config, backbone=spec)
+        with _same_draws(model):
+            apply_svp(model, config, backbone=spec)
         handles += [
             block.register_forward_pre_hook(prompted.hook(index, spec), with_kwargs=True)
             for index, block in enumerate(blocks)
@@ -86,9 +87,10 @@ def verify_backbone(
                     f"({spec.layout}, first argument {spec.input_name!r}). Pass another backbone=."
                 )
             specials = _class_tokens_seen(model, spec, arguments, entered)
-            for parameter in model.svp.adapter.parameters():  # type: ignore[union-attr]
-                nn.init.normal_(parameter)
-            _run(model, arguments)
+            with _same_draws(model):
+                for parameter in model.svp.adapter.parameters():  # type: ignore[union-attr]
+                    nn.init.normal_(parameter)
+            reached = not _same(base, _run(model, arguments))
         finally:
             for handle in handles:
                 handle.remove()
@@ -98,6 +100,12 @@ def verify_backbone(
         raise BackboneNotSupportedError(
             f"the blocks {missing} did not run on this batch: their prompters would never train. "
             "Leave them out by backbone=BackboneSpec(blocks=(...)) or SVPConfig(layers=...)."
+        )
+    if not reached:
+        raise BackboneNotSupportedError(
+            f"prompts in all {len(blocks)} blocks do not change the output of "
+            f"{type(model).__name__}: no prompter would ever train. In a model that scans forwards "
+            "only, a class token at the head sees no patch. Pass another backbone=."
         )
     unprompted = tuple(
         _unchanged(entered.tokens[index], prompted.tokens[index]) for index in range(len(blocks))
@@ -122,7 +130,9 @@ class _Recorder:
 
     def hook(self, index: int, spec: BackboneSpec) -> Any:
         def record(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else kwargs[spec.input_name]
+            x = args[0] if args else kwargs.get(spec.input_name)
+            if not isinstance(x, Tensor):
+                return  # the prompter's own hook says what is wrong
             self.shapes[index] = x.shape
             if spec.layout == "channels_first":
                 x = x.movedim(1, -1)
@@ -131,12 +141,30 @@ class _Recorder:
         return record
 
 
+def _base_output(model: nn.Module, arguments: tuple[Any, ...]) -> list[Tensor]:
+    """The tensors that the model returns, which must be the same in a second run."""
+    base = _run(model, arguments)
+    if not base:
+        raise BackboneNotSupportedError(
+            f"{type(model).__name__} returned no tensor that could be compared: outputs may be "
+            "tensors, and lists, tuples, dicts and dataclasses of them. Wrap the model in a module "
+            "that returns what matters of it."
+        )
+    if not _same(base, _run(model, arguments)):
+        raise BackboneNotSupportedError(
+            f"{type(model).__name__} gives two outputs for one batch in eval mode, with the same "
+            "random numbers: it remembers something from call to call, so that nothing can be "
+            "compared. Switch that off first."
+        )
+    return base
+
+
 def _class_tokens_seen(
     model: nn.Module, spec: BackboneSpec, arguments: tuple[Any, ...], entered: _Recorder
 ) -> tuple[int, ...]:
-    """Positions at the first block that depend on the owner's class token parameters."""
-    owner = model.get_submodule(spec.owner)
-    tokens = [p for n, p in owner.named_parameters(recurse=False) if n.startswith("cls_token")]
+    """Positions at the first block that depend on class token parameters, wherever they are."""
+    parameters = dict(model.named_parameters())
+    tokens = [p for path, p in parameters.items() if path.split(".")[-1].startswith("cls_token")]
     if not tokens or spec.layout != "tokens":
         return ()
     before = entered.tokens[0]
@@ -176,26 +204,57 @@ def _unchanged(before: Tensor, after: Tensor) -> tuple[int, ...]:
     return tuple(int(position) for position in same.nonzero().flatten())
 
 
-def _run(model: nn.Module, arguments: tuple[Any, ...]) -> Any:
-    return model(*arguments)
+def _run(model: nn.Module, arguments: tuple[Any, ...]) -> list[Tensor]:
+    """The tensors of the model's output; the next run draws the same random numbers."""
+    with _same_draws(model):
+        return _tensors(model(*arguments))
 
 
-def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return all(_same(one[key], other[key]) for key in one)
-    if isinstance(one, (list, tuple)):
-        return all(_same(a, b) for a, b in zip(one, other, strict=True))
-    return True
+def _tensors(output: Any) -> list[Tensor]:
+    if isinstance(output, Tensor):
+        return [output]
+    if is_dataclass(output):
+        output = vars(output)
+    if isinstance(output, Mapping):
+        output = list(output.values())
+    if isinstance(output, (list, tuple)):
+        return [tensor for part in output for tensor in _tensors(part)]
+    return []
+
+
+def _same(one: list[Tensor], other: list[Tensor]) -> bool:
+    return len(one) == len(other) and all(map(_equal, one, other))
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    # not a number equals itself here
+    same = one.shape == other.shape and (one == other) | ((one != one) & (other != other))
+    return bool(torch.as_tensor(same).all())
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def _same_draws(model: nn.Module) -> Iterator[None]:
+    """Put the random number generators back afterwards, PyTorch's and Python's own, so that
+    whatever comes next draws the same numbers."""
+    devices = {p.device for p in model.parameters() if p.is_cuda}
+    state = random.getstate()
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(state)
+
+
+@contextmanager
+def _at_rest(model: nn.Module) -> Iterator[None]:
+    """Eval mode and frozen."""
     training = {module: module.training for module in model.modules()}
-    model.eval()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.eval().requires_grad_(False)
     try:
         yield
     finally:
         for module, flag in training.items():
             module.training = flag
+        for parameter in trained:
+            parameter.requires_grad_(True)
