@@ -267,11 +267,20 @@ def adapter_info(model: nn.Module, adapter_name: str, state: Mapping[str, Tensor
 
 
 def count_classes(state: Mapping[str, Tensor]) -> int | None:
-    """Outputs of the head: the first size of its last weight matrix; None without a head."""
-    matrices = [
-        key for key, tensor in state.items() if key.startswith("head.") and tensor.dim() == 2
-    ]
-    return state[matrices[-1]].shape[0] if matrices else None
+    """Outputs of the head: the first size of its last weight matrix; None without a head.
+
+    Numbered layers go by their numbers, because files keep tensors in no particular order; named
+    ones as `state` has them.
+    """
+    outputs = head_outputs(state)
+    return outputs[-1] if outputs else None
+
+
+def head_outputs(state: Mapping[str, Tensor]) -> list[int]:
+    """First sizes of the head's weight matrices, in the order of `count_classes`."""
+    matrices = [k for k, tensor in state.items() if k.startswith("head.") and tensor.dim() == 2]
+    matrices.sort(key=lambda k: [int(p) if p.isdecimal() else 0 for p in k.split(".")])
+    return [state[key].shape[0] for key in matrices]
 
 
 def is_patched(model: nn.Module) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from svp_peft.adapter_build import check_contents, has_effect
-from svp_peft.adapter_file import count_classes
+from svp_peft.adapter_file import head_outputs
 from svp_peft.adapter_format import UNUSED_SCALE_ROWS, AdapterContents
 from svp_peft.adapter_store import HubOptions, read_adapter
 from svp_peft.convert import convert_svp_checkpoint
@@ -148,10 +148,11 @@ def _health(contents: AdapterContents) -> tuple[list[str], list[str]]:
         notes.append("no hash is stored, so damage to the numbers cannot be seen")
     if contents.info.svp.base_model_name_or_path is None:
         notes.append("the base model is not named")
-    if contents.info.num_classes != count_classes(contents.tensors):
+    # which of several named layers is the last one, the file does not tell
+    outputs = head_outputs(contents.tensors) or [None]
+    if contents.info.num_classes not in outputs:
         notes.append(
-            f"num_classes is {contents.info.num_classes}, but the head has "
-            f"{count_classes(contents.tensors)} outputs"
+            f"num_classes is {contents.info.num_classes}, but the head has {outputs[-1]} outputs"
         )
     if UNUSED_SCALE_ROWS in contents.tensors:
         notes.append("converted from the released code, with its unused scale rows")

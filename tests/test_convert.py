@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from svp_peft.adapter_file import load_adapter, save_adapter
 from svp_peft.adapter_format import UNUSED_SCALE_ROWS
 from svp_peft.adapter_store import HubOptions, read_adapter
+from svp_peft.cli import main
 from svp_peft.convert import convert_svp_checkpoint, export_svp_checkpoint
 from svp_peft.errors import (
     AdapterNotFoundError,
@@ -152,6 +153,25 @@ def test_way_back_gives_every_trained_tensor_bit_for_bit(name, tmp_path):
     assert back["args"].shared_layers == kwargs["shared_layers"]
     assert back["args"].prompt_add_gen == kwargs["prompt_add_gen"]
     assert back["args"].input_relu == kwargs.get("input_relu", False)
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_classes_of_a_two_layer_head_do_not_depend_on_the_order_of_its_tensors(
+    backwards, tmp_path, capsys
+):
+    source = checkpoint(load_case("svp_sl4_cub"), tmp_path / "checkpoint.pth")
+    loaded = load_pickle(source)
+    loaded["model"] = dict(sorted(loaded["model"].items(), reverse=backwards))
+    torch.save(loaded, source)
+    folder = convert_svp_checkpoint(source, tmp_path / "adapter")
+    classes = loaded["args"].nb_classes
+    assert read_adapter(folder, HubOptions()).info.num_classes == classes
+    target = export_svp_checkpoint(folder, tmp_path / "back.pth")
+    assert load_pickle(target)["args"].nb_classes == classes
+    assert main(["inspect", str(folder)]) == 0
+    health = capsys.readouterr().out.partition("\nhealth: ")[2]
+    assert health.startswith("good")
+    assert "outputs" not in health
 
 
 def test_way_back_without_a_base_holds_the_trained_tensors_alone(tmp_path):
