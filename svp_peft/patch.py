@@ -157,6 +157,12 @@ def check_patchable(model: nn.Module, backbone: BackboneSpec | None = None) -> B
             f"{len(on_meta)} parameters are on the meta device, {on_meta[0]!r} first: they have no "
             "values to prompt with. Load the weights first (model.to_empty and load_state_dict)."
         )
+    fixed = [path for path, p in model.named_parameters() if p.is_inference()]
+    if fixed:
+        raise BackboneNotSupportedError(
+            f"{len(fixed)} parameters were made under torch.inference_mode, {fixed[0]!r} first: "
+            "such tensors take part in no training. Build or load the model outside of it."
+        )
     spec = find_backbone(model, backbone)
     if isinstance(model, (nn.Sequential, nn.ModuleList)):
         raise BackboneNotSupportedError(
@@ -257,6 +263,13 @@ def check_role(model: nn.Module, spec: BackboneSpec, role: str) -> None:
             f"The model's modules are {[name for name, _ in model.named_children()]}. "
             "Name existing modules outside the stack of blocks, such as 'head'."
         )
+    for name, parameter in model.get_submodule(path).named_parameters():
+        if not parameter.is_floating_point():
+            raise ConfigError(
+                f"modules_to_save names {role!r}, but its {name} is {parameter.dtype}: an adapter "
+                "trains its own copy, and only floating-point numbers have gradients. Put a "
+                "module that is not quantised there, or leave it out of modules_to_save."
+            )
 
 
 def _check_apart(model: nn.Module, spec: BackboneSpec, config: SVPConfig) -> None:

@@ -304,3 +304,20 @@ def test_the_built_in_vim_is_found_with_every_class_token():
     ):
         model = VisionMamba(img_size=16, patch_size=4, stride=4, embed_dim=16, depth=2, **flags)
         assert find_backbone(model).class_tokens == expected
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"blocks": 3},
+        {"blocks": ("layers.0", 1)},
+        {"blocks": "layers", "class_tokens": ("a", 1)},
+        {"blocks": "layers", "class_tokens": (True,)},
+        {"blocks": "layers", "class_tokens": None},
+    ],
+    ids=str,
+)
+def test_a_spec_of_the_wrong_kind_is_named(fields):
+    name = list(fields)[-1]
+    with pytest.raises(InputError, match=f"{name}="):
+        BackboneSpec(**fields)

@@ -5,6 +5,7 @@ import os
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -463,6 +464,30 @@ def test_remove_svp_of_a_compiled_model_is_refused():
     model = apply_svp(VimLike(), CONFIG)
     with pytest.raises(BackboneNotSupportedError, match="remove_svp"):
         remove_svp(torch.compile(model, backend="eager"))
+
+
+def test_models_made_in_inference_mode_are_refused_untouched(images):
+    with torch.inference_mode():
+        model = VimLike()
+        before = model(images)
+    with pytest.raises(BackboneNotSupportedError, match="inference_mode"):
+        apply_svp(model, CONFIG)
+    assert "svp" not in model._modules
+    with torch.inference_mode():
+        assert torch.equal(model(images), before)
+
+
+def test_a_head_of_integers_is_refused_before_anything_is_patched(model, images):
+    before = model(images)
+    model.head.register_parameter(
+        "code", nn.Parameter(torch.zeros(3, dtype=torch.int8), requires_grad=False)
+    )
+    with pytest.raises(ConfigError, match=r"'head', but its code is torch\.int8"):
+        apply_svp(model, CONFIG)
+    assert "svp" not in model._modules
+    assert all(p.requires_grad for p in model.parameters() if p.is_floating_point())
+    apply_svp(model, replace(CONFIG, modules_to_save=()))
+    assert torch.equal(model(images), before)
 
 
 def test_models_on_meta_are_refused():

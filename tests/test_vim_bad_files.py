@@ -62,6 +62,12 @@ def test_a_tensor_without_plain_values_is_named(tmp_path: Path) -> None:
             load_vim(path)
 
 
+def test_weights_are_not_lost_on_the_meta_device(tmp_path: Path) -> None:
+    save_file(tiny_vim().state_dict(), tmp_path / "vim.safetensors")
+    with pytest.raises(InputError, match="meta device holds no values"):
+        load_vim(tmp_path / "vim.safetensors", device="meta")
+
+
 def test_a_mapping_that_holds_itself_is_refused(tmp_path: Path) -> None:
     endless: dict[str, Any] = {"x": torch.zeros(1)}
     endless["model"] = endless

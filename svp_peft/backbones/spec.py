@@ -53,14 +53,21 @@ class BackboneSpec:
     def __post_init__(self) -> None:
         positions = self.class_tokens
         if isinstance(positions, (tuple, list)):
-            valid = all(isinstance(p, int) and p >= 0 for p in positions)
-            object.__setattr__(self, "class_tokens", tuple(sorted(set(positions))))
+            valid = all(type(p) is int and p >= 0 for p in positions)
+            if valid:
+                object.__setattr__(self, "class_tokens", tuple(sorted(set(positions))))
         else:
             valid = positions in _CLASS_TOKENS
         if not valid:
             raise InputError(
                 f"class_tokens={positions!r} is unknown: it says which tokens get no prompt. "
                 f"Use one of {_CLASS_TOKENS} or a tuple of positions from 0."
+            )
+        paths = (self.blocks,) if isinstance(self.blocks, str) else self.blocks
+        if not isinstance(paths, (tuple, list)) or not all(isinstance(p, str) for p in paths):
+            raise InputError(
+                f"blocks={self.blocks!r} is no path: it says where the blocks are. Pass the path "
+                f"of their nn.ModuleList, such as 'layers', or the path of every block."
             )
         if self.layout not in _LAYOUTS:
             raise InputError(

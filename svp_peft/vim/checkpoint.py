@@ -106,6 +106,11 @@ def build_vim(
     own_classes = complete["num_classes"]
     complete["num_classes"] = own_classes if num_classes is None else num_classes
     model = VisionMamba(**complete, **placement)
+    if model.norm_f.weight.is_meta:
+        raise InputError(
+            "a model on the meta device holds no values, so nothing can be loaded into it. Load it "
+            "on the CPU, the default; VisionMamba(device='meta') is for its shapes alone."
+        )
     state = dict(checkpoint.state)
     keeps_head = num_classes is None or num_classes == own_classes
     if not keeps_head:
