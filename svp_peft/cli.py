@@ -149,7 +149,7 @@ def _health(contents: AdapterContents) -> tuple[list[str], list[str]]:
     if contents.info.svp.base_model_name_or_path is None:
         notes.append("the base model is not named")
     # which of several named layers is the last one, the file does not tell
-    outputs = head_outputs(contents.tensors) or [None]
+    outputs: list[int | None] = [*head_outputs(contents.tensors)] or [None]
     if contents.info.num_classes not in outputs:
         notes.append(
             f"num_classes is {contents.info.num_classes}, but the head has {outputs[-1]} outputs"

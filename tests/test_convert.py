@@ -159,9 +159,9 @@ def test_way_back_gives_every_trained_tensor_bit_for_bit(name, tmp_path):
 def test_classes_of_a_two_layer_head_do_not_depend_on_the_order_of_its_tensors(
     backwards, tmp_path, capsys
 ):
-    source = checkpoint(load_case("svp_sl4_cub"), tmp_path / "checkpoint.pth")
-    loaded = load_pickle(source)
+    loaded = load_pickle(checkpoint(load_case("svp_sl4_cub"), tmp_path / "checkpoint.pth"))
     loaded["model"] = dict(sorted(loaded["model"].items(), reverse=backwards))
+    source = tmp_path / "ordered.pth"
     torch.save(loaded, source)
     folder = convert_svp_checkpoint(source, tmp_path / "adapter")
     classes = loaded["args"].nb_classes
