@@ -179,16 +179,19 @@ def add_parts(
             that stands in the model now.
     """
     svp = svp_of(model)
+    roles = roles_of(svp.spec, adapter.config)
     base, own = svp.parked_of(BASE_ADAPTER), NamedModules()
+    # what may fail comes first
+    for role in roles:
+        if role in modules:
+            own[role] = modules[role].requires_grad_(True)
     svp.parked[name] = own
     svp.adapters[name] = adapter
-    for role in roles_of(svp.spec, adapter.config):
+    for role in roles:
         if role not in svp.in_use:
             svp.originals[role] = model.get_submodule(module_path(svp.spec, role))
             svp.in_use[role] = BASE_ADAPTER
-        if role in modules:
-            own[role] = modules[role].requires_grad_(True)
-        elif bases is not None:
+        if role not in modules and bases is not None:
             base[role] = bases[role].requires_grad_(False)
             svp.in_use[role] = name
             svp.originals[role].requires_grad_(True)

@@ -258,7 +258,10 @@ def test_taken_reserved_and_malformed_names_are_refused(model):
 
 def test_add_adapter_refuses_what_does_not_fit_and_adds_nothing(model):
     keys = list(model.state_dict())
+    quantised = nn.Linear(16, 3)
+    quantised.weight = nn.Parameter(torch.zeros(3, 16, dtype=torch.int8), requires_grad=False)
     for error, arguments in (
+        (RuntimeError, {"head": quantised}),  # torch's own: integers have no gradients
         (ConfigError, {"config": SVPConfig(layers=(77,))}),
         (InputError, {"num_classes": 0}),
         (InputError, {"num_classes": 3, "head": nn.Linear(16, 3)}),
