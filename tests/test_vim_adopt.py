@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from svp_peft import VisionMamba
+from svp_peft import VisionMamba, apply_svp
 from svp_peft.errors import InputError
 from svp_peft.vim.block import DropPath
 from tests.vim_files import tiny_vim
@@ -166,10 +166,14 @@ def with_parameter(name: str) -> Any:
         (nn.Sequential(OrderedDict(layers=nn.ModuleList())), "no ModuleList 'layers' with blocks"),
         (nn.Sequential(OrderedDict(layers=nn.ModuleList([nn.Linear(2, 2)]))), "not a Vim's state"),
         (with_parameter("register"), r"has \['register'\] besides"),
+        (with_parameter("pos_embed_cls"), r"not a Vim: it has \['pos_embed_cls'\]"),
+        (apply_svp(fork_of(small_vim())), "carries SVP adapters"),
+        (torch.compile(fork_of(small_vim())), "without a wrapper around it"),
+        ({"model": {}}, "takes a torch.nn.Module and got a dict"),
         (with_parameter("prompt_scale"), "convert_svp_checkpoint"),
     ],
 )
-def test_what_is_not_a_vim_is_refused(model: nn.Module, message: str) -> None:
+def test_what_is_not_a_vim_is_refused(model: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         VisionMamba.from_model(model)
 

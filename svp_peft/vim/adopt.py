@@ -24,6 +24,22 @@ _FLAGS = (
 """Constructor arguments that every fork keeps as attributes of the same name."""
 
 
+_TOPS = frozenset(
+    {
+        "cls_token",
+        "cls_token_head",
+        "cls_token_tail",
+        "head",
+        "layers",
+        "norm_f",
+        "patch_embed",
+        "pos_embed",
+        "rope",
+    }
+)
+"""Modules and parameters of a Vim itself that are in its state_dict."""
+
+
 def adopt(build: Callable[..., Model], model: nn.Module, overrides: Mapping[str, Any]) -> Model:
     """`build(...)` for the geometry of `model`, holding model's own `Parameter` objects.
 
@@ -40,6 +56,7 @@ def adopt(build: Callable[..., Model], model: nn.Module, overrides: Mapping[str,
             f"from_model does not know {unknown}: overrides are constructor arguments of "
             f"VisionMamba. Remove them."
         )
+    _check_kind(model)
     kind = type(model).__name__
     # the head may be of any kind and is shared as a whole
     state = {
@@ -80,7 +97,7 @@ def _flags_of(model: nn.Module) -> dict[str, Any]:
     """Constructor arguments that tensors do not tell."""
     flags: dict[str, Any] = {name: getattr(model, name) for name in _FLAGS if hasattr(model, name)}
     flags["use_middle_cls_token"] = getattr(model, "use_middle_cls_token", True)
-    mixer = _first(model, "layers", 0, "mixer")
+    mixer = getattr(_blocks(model)[0], "mixer", None)
     # forks before July 2024, and the released SVP code, have the old spelling
     flags["if_divide_out"] = bool(
         getattr(mixer, "if_divide_out", getattr(mixer, "if_devide_out", False))
@@ -95,14 +112,38 @@ def _flags_of(model: nn.Module) -> dict[str, Any]:
     return flags
 
 
-def _first(model: nn.Module, stack: str, index: int, name: str) -> object:
-    blocks = getattr(model, stack, None)
+def _check_kind(model: nn.Module) -> None:
+    """Raise `InputError` for what is plainly no Vim, before its tensors are looked at."""
+    kind = type(model).__name__
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"from_model takes a torch.nn.Module and got a {kind}. Pass the VisionMamba itself; a "
+            "checkpoint is loaded with load_vim."
+        )
+    _blocks(model)
+    tops = {name.split(".")[0] for name in model.state_dict()}
+    if "svp" in tops:
+        raise InputError(
+            f"the {kind} carries SVP adapters, which from_model would leave behind. Save them and "
+            "remove_svp(model) first, then load them into what from_model returns."
+        )
+    released = any(name.startswith("prompt_") for name in tops)
+    if tops - _TOPS and not released:
+        raise InputError(
+            f"the {kind} is not a Vim: it has {sorted(tops - _TOPS)} besides. Other families are "
+            "adapted as they are: svp_peft.apply_svp(model, config)."
+        )
+
+
+def _blocks(model: nn.Module) -> nn.ModuleList:
+    # registered modules only: wrappers answer for what is inside them
+    blocks = model._modules.get("layers")
     if not isinstance(blocks, nn.ModuleList) or not len(blocks):
         raise InputError(
-            f"a {type(model).__name__} is not a Vim: it has no ModuleList {stack!r} with blocks. "
-            f"Pass the VisionMamba itself, without a wrapper around it."
+            f"the {type(model).__name__} is not a Vim: it has no ModuleList 'layers' with blocks. "
+            "Pass the VisionMamba itself, without a wrapper around it."
         )
-    return getattr(blocks[index], name, None)
+    return blocks
 
 
 def _check_position_is_known(model: nn.Module, overrides: Mapping[str, Any]) -> None:
