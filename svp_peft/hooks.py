@@ -168,6 +168,7 @@ def _refused(name: str, where: str) -> str:
 
 
 def remove_hooks(module: nn.Module, svp: SVPState) -> None:
+    """Take the hooks of this state off a module, and no one else's."""
     for key, hook in list(module._forward_pre_hooks.items()):
         if isinstance(hook, (NoteReplica, PromptBlockInput, CheckModelInput)) and hook.svp is svp:
             del module._forward_pre_hooks[key]

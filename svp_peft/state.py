@@ -20,7 +20,7 @@ from svp_peft.prompters import NamedModules, SVPAdapter, simam
 
 
 class Routing(Protocol):
-    """What `svp_peft.route` puts in place of the active adapter; see adapters.py."""
+    """What `svp_peft.route` puts in place of the active adapter; see routing.py."""
 
     def check_batch(self, batch: int) -> None: ...
 
