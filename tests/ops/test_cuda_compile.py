@@ -128,6 +128,10 @@ def test_the_scan_compiles(
     cuda.scan(*case.arguments, **case.options, save_y=True)
     monkeypatch.setattr(_MODULES[3], "_chunked", lambda *_: None)
     _, y = cuda.scan(*case.arguments, **case.options, save_y=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(_MODULES[3], "_LONG", 1)  # in pieces
+        cuda.scan(*case.arguments, **case.options, save_y=True)
+    assert {dict(macros).get("PART") for _, _, macros, *_ in recorded} >= {0, 1, 2}
     for need in (frozen, EVERY_GRADIENT):
         first, rest = case.arguments[:5], case.arguments[5:]
         cuda.scan_backward(case.grad_out, *first, y, *rest, **case.options, need=need)

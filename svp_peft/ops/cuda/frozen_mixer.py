@@ -19,7 +19,7 @@ from torch import Tensor
 
 from svp_peft.ops.cuda.conv import _grid, _kernel_for
 from svp_peft.ops.cuda.layout import device_index, parameters, pointers
-from svp_peft.ops.cuda.scan import _chunked, _streaming, gather
+from svp_peft.ops.cuda.scan import forward_launch, gather
 from svp_peft.ops.cuda.scan_backward import _TILE, _fast_kernel, _fast_warps, _reduce_kernel
 from svp_peft.ops.derivatives import refuse_second
 from svp_peft.ops.types import MixerWeights, ScanNeeds
@@ -228,9 +228,7 @@ class _Shape:
         assert inputs.rank == rank
         self._scan_parameters = inputs.keep[5:]  # not the activations
         self._scan_tail = inputs.values[9:]
-        self._scan = {
-            save: _chunked(inputs, save) or _streaming(inputs, save) for save in (False, True)
-        }
+        self._scan = {save: forward_launch(inputs, save) for save in (False, True)}
         workers = _fast_warps(self.channels)
         self._parts = -(-self.channels // (32 * workers))
         self._scan_backward = _fast_kernel(index, inputs.macros, _NEED, workers)

@@ -30,12 +30,20 @@ INPUTS_LAYOUT = "17Q8if4x"
 _CHUNKS = 8
 _CHUNK_CHANNELS = 8
 _LARGEST_FOLDED_RANK = 64
+# Warps per multiprocessor up to which one launch leaves it idle most of the time: measured, a token
+# costs 2.6 times as much with 2 as with 35, and 1.25 times as much with 9. In pieces it costs 1.6
+# times as much, by count of instructions.
+_FEW_WARPS = 4
+_MANY_WARPS = 16
+_LONG = 512  # tokens from which pieces pay for a second launch
+_SHORTEST_PIECE = 64
 
 
 class Inputs(NamedTuple):
     """The scan's tensors as the kernels take them."""
 
-    device: int
+    place: torch.device
+    device: int  # its number
     dtype: torch.dtype
     batch: int
     length: int
@@ -145,8 +153,8 @@ def gather(
     )
     index = device_index(u[0])
     return Inputs(
-        index, dtype, batch, length, channels, d_state, rank, directions, values, macros,
-        (u, dt, B, C, z, A_log, D, dt_weight, dt_bias),
+        u[0].device, index, dtype, batch, length, channels, d_state, rank, directions, values,
+        macros, (u, dt, B, C, z, A_log, D, dt_weight, dt_bias),
     )  # fmt: skip
 
 
@@ -180,28 +188,57 @@ def scan(
     y = torch.empty_like(out) if save_y else None
     if out.numel() == 0:
         return out, y
-    launch = _chunked(given, save_y) or _streaming(given, save_y)
+    launch = forward_launch(given, save_y)
     launch(*given.values, out.data_ptr(), 0 if y is None else y.data_ptr())
     return out, y
 
 
+def forward_launch(given: Inputs, save_y: bool) -> Callable[..., None]:
+    """The launch that is best for these sizes; it takes the fields of ScanInputs, out and y."""
+    return _chunked(given, save_y) or _in_pieces(given, save_y) or _streaming(given, save_y)
+
+
 def _streaming(given: Inputs, save_y: bool) -> Callable[..., None]:
-    kernel = _streaming_kernel(given.device, given.macros, save_y)
+    kernel = _streaming_kernel(given.device, given.macros, save_y, 0)
     blocks = given.batch * -(-given.channels // 32)
     return functools.partial(kernel, (blocks, 1, 1))
 
 
+def _in_pieces(given: Inputs, save_y: bool) -> Callable[..., None] | None:
+    """Two launches over pieces of long sequences, where the images alone would not fill the GPU."""
+    processors = multiprocessors(given.device)
+    if given.warps > _FEW_WARPS * processors or given.length < _LONG:
+        return None
+    wanted = -(-_MANY_WARPS * processors // given.warps)
+    tokens = max(_SHORTEST_PIECE, -(-given.length // wanted))
+    tokens = -(-tokens // 8) * 8  # whole tiles
+    pieces = -(-given.length // tokens)
+    grid = (given.batch * pieces * -(-given.channels // 32), 1, 1)
+    first, second = (
+        _streaming_kernel(given.device, given.macros, part == 2 and save_y, part) for part in (1, 2)
+    )
+    floats = given.directions * given.batch * pieces * (given.d_state + 1) * given.channels
+
+    def launch(*values: float) -> None:
+        ends = torch.empty(floats, device=given.place, dtype=torch.float32)
+        first(grid, *values, ends.data_ptr(), tokens)
+        second(grid, *values, ends.data_ptr(), tokens)
+
+    return launch
+
+
 @functools.cache
-def _streaming_kernel(device: int, macros: tuple[tuple[str, object], ...], save_y: bool) -> Kernel:
+def _streaming_kernel(
+    device: int, macros: tuple[tuple[str, object], ...], save_y: bool, part: int
+) -> Kernel:
     known = dict(macros)
     directions = int(str(known["DIRECTIONS"]))
     # 16 warps per multiprocessor at 128 registers are best for 16 states; more states need more
     blocks = 16 // directions if known["D_STATE"] in (8, 16) and known["ACT"] != "float" else 1
     unroll = 4 if known["D_STATE"] in (8, 16) else 1
-    known |= {"SAVE_Y": save_y, "BLOCKS_PER_SM": blocks, "UNROLL": unroll}
-    return Kernel(
-        "scan_forward", "scan_forward", known, INPUTS_LAYOUT + "2Q", device, threads=32 * directions
-    )
+    known |= {"PART": part, "SAVE_Y": save_y, "BLOCKS_PER_SM": blocks, "UNROLL": unroll}
+    layout = INPUTS_LAYOUT + ("2QQi4x" if part else "2Q")
+    return Kernel("scan_forward", "scan_forward", known, layout, device, threads=32 * directions)
 
 
 def _chunked(given: Inputs, save_y: bool) -> Callable[..., None] | None:

@@ -1,4 +1,4 @@
-// The selective scan of one or two directions, forward, for batches that fill the GPU.
+// The selective scan of one or two directions, forward, with one lane per channel.
 //
 // A warp owns 32 channels of one direction; a lane keeps the D_STATE states of one channel in
 // registers, so the sum over states needs no exchange. With two directions a block is two warps of
@@ -6,16 +6,29 @@
 // there on each picks up what the other left, adds its own, gates and writes the result. One barrier,
 // no second buffer, no atomics.
 //
-// More macros: SAVE_Y, BLOCKS_PER_SM, UNROLL.
+// A batch that fills the GPU is scanned in one launch (PART 0). Long sequences of few images are cut
+// into pieces, which fill it: a first launch (PART 1) scans each piece from a zero state and keeps its
+// end state and the sum of dt, exp(A * sum dt) being the decay of the whole piece; a second one
+// (PART 2) folds the pieces before its own into the state that it starts from, and is else a scan of
+// an image as long as the piece.
+//
+// More macros: PART, SAVE_Y, BLOCKS_PER_SM, UNROLL.
 #include "scan.cuh"
 
 struct Args {
   ScanInputs in;
   ACT *out, *y;
+#if PART
+  float* ends;  // [direction][image][piece][D_STATE end states, sum of dt][channel]
+  int piece;    // tokens of a piece; the last one may be shorter
+#endif
 };
 static_assert(sizeof(Args) == ARGS_BYTES, "the launcher packs exactly these fields");
 
 constexpr int STEPS = UNROLL;  // pragmas take no macros
+
+// What a walk makes of its steps: the state alone, y so far, or the finished result.
+enum Phase { STATE, ALONE, MEET };
 
 struct alignas(16) Stage {
   ACT u[TILE_ELEMENTS];
@@ -54,13 +67,15 @@ struct Walk {
 #else
   RowWalk<COPY_TILE, TILE, CHANNELS, CHANNELS, ACT> walk_dt;
 #endif
-  float rate[D_STATE], h[D_STATE], skip, bias;
+  float rate[D_STATE], h[D_STATE], skip, bias, elapsed;
 
-  DEVICE Walk(const Args& args, Warp& self, int direction, int image, int first, int lane)
-      : in(args.in), self(self), back(is_reversed(direction)), lane(lane), length(args.in.length),
+  // begin, length: the tokens to scan, counted in the image
+  DEVICE Walk(const Args& args, Warp& self, int direction, int image, int begin, int length,
+              int first, int lane)
+      : in(args.in), self(self), back(is_reversed(direction)), lane(lane), length(length),
         channels(D_INNER ? D_INNER : args.in.channels),
         valid(D_INNER ? CHANNELS : min(CHANNELS, args.in.channels - first)) {
-    const i64 origin = (i64)image * length;  // the image's first token
+    const i64 origin = (i64)image * in.length + begin;
     u = in.u[direction] + origin * in.u_row + first;
     dt = in.dt[direction] + origin * in.dt_row + (RANK ? 0 : first);
     B = in.B[direction] + origin * in.b_row;
@@ -76,7 +91,7 @@ struct Walk {
       h[n] = 0.f;
     }
     skip = HAS_D && active ? widen(in.D[direction][channel]) : 0.f;
-    bias = 0.f;
+    bias = elapsed = 0.f;
 #if RANK > 0
     self.projection.load(in.dt_weight[direction], in.dt_bias[direction], first, channels, lane);
     clear_rank_padding(self.stage[0].low, lane);
@@ -96,7 +111,7 @@ struct Walk {
     if constexpr (HAS_Z) walk_z.start(z, in.z_row, s, 1, length, back, lane);
     if constexpr (DIRECTIONS == 2) walk_out.start(out, channels, s, 1, length, back, lane);
   }
-  template <bool MEET> DEVICE void load(Stage& to, int s) {
+  template <Phase PHASE> DEVICE void load(Stage& to, int s) {
     const int rows = length - s;
     walk_u.load(to.u, s, 1, 0, rows, length, lane, valid);
 #if RANK > 0
@@ -105,20 +120,20 @@ struct Walk {
     walk_dt.load(to.raw_dt, s, 1, 0, rows, length, lane, valid);
 #endif
     walk_B.load(to.B, s, 1, 0, rows, length, lane);
-    walk_C.load(to.C, s, 1, 0, rows, length, lane);
-    if constexpr (MEET && HAS_Z) walk_z.load(to.z, s, 1, 0, rows, length, lane, valid);
-    if constexpr (MEET && DIRECTIONS == 2)
+    if constexpr (PHASE != STATE) walk_C.load(to.C, s, 1, 0, rows, length, lane);
+    if constexpr (PHASE == MEET && HAS_Z) walk_z.load(to.z, s, 1, 0, rows, length, lane, valid);
+    if constexpr (PHASE == MEET && DIRECTIONS == 2)
       walk_out.load(to.partner, s, 1, 0, rows, length, lane, valid);
     copies_commit();
   }
 
-  // Steps begin .. end - 1. Where the directions MEET the result is finished, else it is y so far.
-  template <bool MEET> DEVICE void run(int begin, int end) {
+  // Steps begin .. end - 1.
+  template <Phase PHASE> DEVICE void run(int begin, int end) {
     start(begin);
-    if (begin < end) load<MEET>(self.stage[0], begin);
+    if (begin < end) load<PHASE>(self.stage[0], begin);
     for (int s = begin, current = 0; s < end; s += TILE, current ^= 1) {
       if (s + TILE < end) {
-        load<MEET>(self.stage[current ^ 1], s + TILE);
+        load<PHASE>(self.stage[current ^ 1], s + TILE);
         copies_wait<1>();
       } else {
         copies_wait<0>();
@@ -130,7 +145,7 @@ struct Walk {
         tile_B = (const float*)stage.B, tile_C = (const float*)stage.C;
       } else {
         widen_rows<TILE * D_STATE>(self.B, stage.B, lane);
-        widen_rows<TILE * D_STATE>(self.C, stage.C, lane);
+        if constexpr (PHASE != STATE) widen_rows<TILE * D_STATE>(self.C, stage.C, lane);
       }
 #if RANK > 0
       self.projection.run(stage.low, self.dt, lane);
@@ -147,6 +162,13 @@ struct Walk {
       for (int i = 0; i < TILE; i++) {
         const int k = i * CHANNELS + lane;
         const float x = widen(stage.u[k]), d = self.dt[i * 33 + lane], dx = d * x;
+        if constexpr (PHASE == STATE) {
+          elapsed += d;
+#pragma unroll
+          for (int n = 0; n < D_STATE; n++)
+            h[n] = fmaf(ex2(d * rate[n]), h[n], dx * tile_B[i * D_STATE + n]);
+          continue;
+        }
         float sum[2] = {skip * x, 0.f};
 #pragma unroll
         for (int n4 = 0; n4 < D_STATE; n4 += 4) {
@@ -161,7 +183,7 @@ struct Walk {
           }
         }
         float y = sum[0] + sum[1];
-        if constexpr (MEET) {
+        if constexpr (PHASE == MEET) {
           if constexpr (DIRECTIONS == 2) y += widen(stage.partner[k]);
           float gate = in.scale;
           if constexpr (HAS_Z) {
@@ -174,9 +196,10 @@ struct Walk {
         narrow(y, stage.partner[k]);
       }
       __syncwarp();
+      if constexpr (PHASE == STATE) continue;
       store_rows<COPY_TILE, TILE, CHANNELS>(out, stage.partner, channels, s, 1, end, length, back,
                                             lane, valid);
-      if constexpr (MEET && SAVE_Y)
+      if constexpr (PHASE == MEET && SAVE_Y)
         store_rows<COPY_TILE, TILE, CHANNELS>(y_out, stage.z, channels, s, 1, end, length, back,
                                               lane, valid);
       __syncwarp();
@@ -187,14 +210,38 @@ struct Walk {
   // lone direction has nobody to meet.
   DEVICE void run() {
     if constexpr (DIRECTIONS == 1) {
-      run<true>(0, length);
+      run<MEET>(0, length);
     } else {
       const int middle = back ? length - length / 2 : length / 2;
-      run<false>(0, middle);
+      run<ALONE>(0, middle);
       __syncthreads();
-      run<true>(middle, length);
+      run<MEET>(middle, length);
     }
   }
+
+#if PART
+  // Where this lane's channel has its numbers of a piece: state n at n * channels, then sum dt.
+  DEVICE static float* ends_of(const Args& args, int direction, int image, int piece, int pieces,
+                               int channels, int channel) {
+    const i64 row = ((i64)direction * args.in.batch + image) * pieces + piece;
+    return args.ends + row * (D_STATE + 1) * channels + channel;
+  }
+  DEVICE void leave(float* ends) {
+    run<STATE>(0, length);
+    if (lane >= valid) return;
+#pragma unroll
+    for (int n = 0; n < D_STATE; n++) ends[(i64)n * channels] = h[n];
+    ends[(i64)D_STATE * channels] = elapsed;
+  }
+  // One piece further: exp(A sum dt) h + its end state.
+  DEVICE void fold(const float* ends) {
+    if (lane >= valid) return;
+    const float passed = ends[(i64)D_STATE * channels];
+#pragma unroll
+    for (int n = 0; n < D_STATE; n++)
+      h[n] = fmaf(ex2(passed * rate[n]), h[n], ends[(i64)n * channels]);
+  }
+#endif
 };
 
 extern "C" __global__ void __launch_bounds__(32 * DIRECTIONS, BLOCKS_PER_SM)
@@ -203,6 +250,26 @@ extern "C" __global__ void __launch_bounds__(32 * DIRECTIONS, BLOCKS_PER_SM)
   const int direction = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int channels = D_INNER ? D_INNER : args.in.channels;
   const int groups = (channels + CHANNELS - 1) / CHANNELS;
-  const int image = blockIdx.x / groups, first = blockIdx.x % groups * CHANNELS;
-  Walk(args, warps[direction], direction, image, first, lane).run();
+  const int first = blockIdx.x % groups * CHANNELS;
+#if PART
+  const int pieces = (args.in.length + args.piece - 1) / args.piece;
+  const int image = blockIdx.x / groups / pieces, piece = blockIdx.x / groups % pieces;
+  const int begin = piece * args.piece, size = min(args.piece, args.in.length - begin);
+  const bool back = is_reversed(direction);
+  const auto ends = [&](int p) {
+    return Walk::ends_of(args, direction, image, p, pieces, channels, first + lane);
+  };
+  if (PART == 1 && piece == (back ? 0 : pieces - 1)) return;  // nothing comes after it
+  Walk walk(args, warps[direction], direction, image, begin, size, first, lane);
+  if constexpr (PART == 1) {
+    walk.leave(ends(piece));
+  } else {
+    const int step = back ? -1 : 1;
+    for (int p = back ? pieces - 1 : 0; p != piece; p += step) walk.fold(ends(p));
+    walk.run();
+  }
+#else
+  const int image = blockIdx.x / groups;
+  Walk(args, warps[direction], direction, image, 0, args.in.length, first, lane).run();
+#endif
 }
