@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from svp_peft.ops import reference
-from svp_peft.ops.types import ScanNeeds
+from svp_peft.ops.types import MixerWeights, ScanNeeds
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EVERY_GRADIENT = ScanNeeds(*(True,) * 9)
@@ -90,6 +90,45 @@ def scan_case(
         "A_is_log": a_is_log,
     }
     return Case(arguments, options, activation(normal(batch, length, channels)))
+
+
+def mixer_weights(
+    d_model: int,
+    rank: int,
+    state: int,
+    directions: int,
+    *,
+    convolutions: int | None = None,
+    bias: bool = False,
+    device: str = "cpu",
+) -> MixerWeights:
+    """Float32 weights of a block of width `d_model`; one convolution per direction by default."""
+    d_inner = 2 * d_model
+    convolutions = directions if convolutions is None else convolutions
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int, scale: float = 1.0) -> Tensor:
+        return (scale * torch.randn(*shape, generator=generator)).to(device)
+
+    def several(
+        *shape: int, scale: float = 1.0, shift: float = 0.0, count: int = convolutions
+    ) -> tuple[Tensor, ...]:
+        return tuple(draw(*shape, scale=scale) + shift for _ in range(count))
+
+    ramp = torch.arange(1, state + 1).log().to(device)
+    return MixerWeights(
+        in_proj_weight=draw(2 * d_inner, d_model, scale=d_model**-0.5),
+        in_proj_bias=draw(2 * d_inner, scale=0.1) if bias else None,
+        conv_weight=several(d_inner, 4, scale=0.5),
+        conv_bias=several(d_inner, scale=0.2),
+        x_proj_weight=several(rank + 2 * state, d_inner, scale=d_inner**-0.5),
+        dt_weight=several(d_inner, rank, scale=rank**-0.5),
+        dt_bias=several(d_inner, scale=1.5, shift=-4.0),
+        A_log=tuple(ramp + 0.3 * a for a in several(d_inner, state, count=directions)),
+        D=several(d_inner, scale=0.3, shift=1.0),
+        out_proj_weight=draw(d_model, d_inner, scale=d_inner**-0.5),
+        out_proj_bias=draw(d_model, scale=0.1) if bias else None,
+    )
 
 
 def map_tensors(value: Any, function: Any) -> Any:

@@ -39,16 +39,18 @@ STRESS: dict[str, Callable[[Case], object]] = {
 }
 
 
-def check_forward(case: Case) -> None:
+def check_forward(case: Case, alone: bool = True) -> None:
+    """`alone`: also without y, which takes another kernel."""
     out, y = cuda.scan(*case.arguments, **case.options, save_y=True)
     true_out, true_y, _ = scan_truth(case)
     bound = OUTPUT_BOUND[out.dtype]
     assert y is not None
     assert error(out, true_out) < bound
     assert error(y, true_y) < bound
-    alone, nothing = cuda.scan(*case.arguments, **case.options, save_y=False)
-    assert nothing is None
-    assert torch.equal(alone, out)
+    if alone:
+        again, nothing = cuda.scan(*case.arguments, **case.options, save_y=False)
+        assert nothing is None
+        assert torch.equal(again, out)
 
 
 def backward(case: Case, need: ScanNeeds, y: Tensor | None = None) -> ScanGrads:
@@ -123,7 +125,12 @@ def check_convolution(
 
 
 def check_norm(
-    shape: tuple[int, int, int], first: bool, rms: bool, dtype: torch.dtype, device: str
+    shape: tuple[int, int, int],
+    first: bool,
+    rms: bool,
+    dtype: torch.dtype,
+    device: str,
+    dropping: bool = False,
 ) -> None:
     width = shape[-1]
     hidden = torch.randn(*shape, device=device).to(dtype)
@@ -131,17 +138,21 @@ def check_norm(
     weight = torch.randn(width, device=device)
     bias = None if rms else torch.randn(width, device=device)
     options = {"eps": 1e-5, "rms": rms}
+    # every other image is dropped
+    keep = 1.25 * (torch.arange(shape[0], device=device) % 2).float() if dropping else None
+    drop = {} if keep is None else {"mask": keep / 1.25, "mask_scale": 1.25}
     y, total = cuda.add_norm(
-        hidden, residual, weight, bias, residual_dtype=torch.float32, **options
+        hidden, residual, weight, bias, residual_dtype=torch.float32, **drop, **options
     )
     grads = [torch.randn(*shape, device=device).to(t.dtype) for t in (y, total)]
     found = cuda.add_norm_backward(
         *grads, total, weight, need_weight=True, need_bias=not rms, hidden_dtype=dtype,
-        residual_in_dtype=None if first else torch.float32, **options,
+        residual_in_dtype=None if first else torch.float32, **drop, **options,
     )  # fmt: skip
     given = (hidden, residual, weight, bias)
     leaves = map_tensors(given, lambda t: t.double().requires_grad_())
-    truth = reference.add_norm(*leaves, residual_dtype=torch.float64, **options)
+    entering = leaves[0] if keep is None else leaves[0] * keep.double()[:, None, None]
+    truth = reference.add_norm(entering, *leaves[1:], residual_dtype=torch.float64, **options)
     flat = [leaf for leaf in leaves if leaf is not None]
     expected = iter(torch.autograd.grad(truth, flat, [g.double() for g in grads]))
     assert error(y, truth[0]) < OUTPUT_BOUND[dtype]

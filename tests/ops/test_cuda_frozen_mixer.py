@@ -6,34 +6,9 @@ import torch
 from svp_peft import ops
 from svp_peft.ops import mixer_op, reference
 from svp_peft.ops.types import Cache, MixerWeights
+from tests.ops.cuda_cases import mixer_weights
 
 pytestmark = pytest.mark.gpu
-
-
-def weights(d_model: int, rank: int, state: int, directions: int, bias: bool) -> MixerWeights:
-    d_inner = 2 * d_model
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int, scale: float = 1.0) -> torch.Tensor:
-        return (scale * torch.randn(*shape, generator=generator)).cuda()
-
-    def several(*shape: int, scale: float = 1.0, shift: float = 0.0) -> tuple[torch.Tensor, ...]:
-        return tuple(draw(*shape, scale=scale) + shift for _ in range(directions))
-
-    ramp = torch.arange(1, state + 1).log().cuda()
-    return MixerWeights(
-        in_proj_weight=draw(2 * d_inner, d_model, scale=d_model**-0.5),
-        in_proj_bias=draw(2 * d_inner, scale=0.1) if bias else None,
-        conv_weight=several(d_inner, 4, scale=0.5),
-        conv_bias=several(d_inner, scale=0.2),
-        x_proj_weight=several(rank + 2 * state, d_inner, scale=d_inner**-0.5),
-        dt_weight=several(d_inner, rank, scale=rank**-0.5),
-        dt_bias=several(d_inner, scale=1.5, shift=-4.0),
-        A_log=tuple(ramp + 0.3 * a for a in several(d_inner, state)),
-        D=several(d_inner, scale=0.3, shift=1.0),
-        out_proj_weight=draw(d_model, d_inner, scale=d_inner**-0.5),
-        out_proj_bias=draw(d_model, scale=0.1) if bias else None,
-    )
 
 
 def relative(found: torch.Tensor, exact: torch.Tensor) -> float:
@@ -50,7 +25,7 @@ def test_prepared_mixer_is_as_exact_as_the_general_one(
     batch, length, d_model, rank, state, directions, keep_everything, monkeypatch
 ):
     monkeypatch.setitem(mixer_op._KEEP_EVERYTHING, "cuda", keep_everything)
-    w = weights(d_model, rank, state, directions, bias=length == 65)
+    w = mixer_weights(d_model, rank, state, directions, bias=length == 65, device="cuda")
     x = torch.randn(batch, length, d_model, device="cuda", dtype=torch.bfloat16)
     cotangent = torch.randn_like(x)
 
@@ -82,7 +57,7 @@ def test_prepared_mixer_is_as_exact_as_the_general_one(
 
 
 def test_prepared_mixer_follows_a_weight_that_is_written_to():
-    w = weights(64, 8, 16, 2, bias=True)
+    w = mixer_weights(64, 8, 16, 2, bias=True, device="cuda")
     x = torch.randn(2, 9, 64, device="cuda", dtype=torch.bfloat16)
     cache = Cache()
     with torch.no_grad():
@@ -100,8 +75,9 @@ def test_other_sizes_and_types_take_the_general_way():
     x = torch.randn(2, 9, 64, device="cuda")
     with torch.no_grad():
         cache = Cache()
-        ops.mixer(x, weights(64, 8, 16, 2, bias=False), cache=cache, backend="cuda")
+        ops.mixer(x, mixer_weights(64, 8, 16, 2, device="cuda"), cache=cache, backend="cuda")
         assert cache.prepared is None, "float32"
         cache = Cache()
-        ops.mixer(x.bfloat16(), weights(64, 5, 16, 2, False), cache=cache, backend="cuda")
+        w = mixer_weights(64, 5, 16, 2, device="cuda")
+        ops.mixer(x.bfloat16(), w, cache=cache, backend="cuda")
         assert cache.prepared is None, "a rank whose rows are not aligned"

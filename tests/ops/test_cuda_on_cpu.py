@@ -3,12 +3,15 @@
 Nothing here takes a GPU's time or its approximations into account; see cuda_on_cpu/__init__.py.
 """
 
+from typing import Any
+
 import pytest
 import torch
 
-from tests.ops.cuda_cases import DTYPES, scan_case
+from tests.ops.cuda_cases import DTYPES, EVERY_GRADIENT, scan_case
 from tests.ops.cuda_checks import (
     STRESS,
+    backward,
     check_backward,
     check_convolution,
     check_forward,
@@ -16,6 +19,7 @@ from tests.ops.cuda_checks import (
     check_prompts,
     check_views,
 )
+from tests.ops.cuda_on_cpu.emulator import ORDERS
 from tests.ops.cuda_on_cpu.gpu import EmulatedGpu
 
 LENGTHS = [1, 2, 3, 7, 8, 9, 63, 64, 65, 197]
@@ -48,16 +52,41 @@ def test_the_scan_in_pieces_is_right_at_every_length(
 SIZES = [(1, 2, 16, 2), (3, 5, 8, 3), (2, 33, 32, 4), (1, 34, 64, 7), (2, 160, 8, 48)]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("multiprocessors", [1, 132])
 def test_every_size_is_right(
-    size: tuple[int, int, int, int], dtype: torch.dtype, multiprocessors: int, gpu: EmulatedGpu
+    size: tuple[int, int, int, int], dtype: torch.dtype, gpu: EmulatedGpu
 ) -> None:
-    gpu.multiprocessors = multiprocessors
     batch, channels, d_state, rank = size
     case = scan_case(batch, 37, channels, d_state, rank, dtype)
-    check_forward(case)
+    check_forward(case, alone=False)
+    check_backward(case)
+    gpu.multiprocessors = 1
+    check_forward(scan_case(3 * batch, 37, channels, d_state, rank, dtype), alone=False)
+    assert gpu.launches[-1] == "scan_forward"
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {"directions": 1},
+    {"directions": 1, "backwards": True},
+    {"backwards": True, "parameter_dtype": torch.bfloat16},
+    {"gate": False},
+    {"skip": False, "bias": False},
+    {"softplus": False},
+    {"a_is_log": False},
+    {"low_rank": False},
+    {"low_rank": False, "bias": False, "gate": False, "skip": False, "directions": 1},
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_every_option_is_right(
+    options: dict[str, Any], dtype: torch.dtype, gpu: EmulatedGpu
+) -> None:
+    gpu.multiprocessors = 1
+    case = scan_case(2, 21, 64, 16, 4, dtype, **options)
+    check_forward(case, alone=False)
     check_backward(case)
 
 
@@ -75,9 +104,34 @@ def test_gradients_are_written_into_the_views_that_are_given() -> None:
     check_views("cpu")
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_order_in_which_threads_run_does_not_matter(
+    dtype: torch.dtype, order: str, gpu: EmulatedGpu
+) -> None:
+    case = scan_case(2, 37, 64, 16, 8, dtype)
+    expected = backward(case, EVERY_GRADIENT)
+    gpu.order = order
+    for a, b in zip(expected, backward(case, EVERY_GRADIENT), strict=True):
+        flat = [x if isinstance(x, tuple) else (x,) for x in (a, b)]
+        assert all(torch.equal(x, y) for x, y in zip(*flat, strict=True))
+    check_forward(case)
+    gpu.multiprocessors = 1
+    check_forward(case)
+
+
 @pytest.mark.parametrize("reverse", [(False,), (True,), (False, True)])
-@pytest.mark.parametrize("shape", [(2, 1, 8), (1, 3, 5), (3, 65, 34)])
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((2, 1, 8), torch.float32),
+        ((1, 3, 5), torch.bfloat16),
+        ((3, 65, 34), torch.float32),
+        ((3, 65, 34), torch.bfloat16),
+        ((2, 63, 8), torch.float16),
+    ],
+    ids=str,
+)
 @pytest.mark.usefixtures("gpu")
 def test_the_convolution_is_right(
     shape: tuple[int, int, int], reverse: tuple[bool, ...], dtype: torch.dtype
@@ -85,18 +139,35 @@ def test_the_convolution_is_right(
     check_convolution(shape, reverse, dtype, "cpu")
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rms", [True, False])
-@pytest.mark.parametrize("first", [True, False], ids=["first block", "later block"])
-@pytest.mark.parametrize("width", [1, 13, 192])
+@pytest.mark.parametrize(
+    ("width", "first", "rms", "dropping", "dtype"),
+    [
+        (1, True, True, False, torch.float32),
+        (13, False, False, False, torch.bfloat16),
+        (13, True, False, True, torch.float16),
+        (192, False, True, False, torch.float32),
+        (192, False, False, True, torch.float32),
+        (200, False, True, True, torch.float16),
+    ],
+    ids=str,
+)
 @pytest.mark.usefixtures("gpu")
-def test_the_norms_are_right(width: int, first: bool, rms: bool, dtype: torch.dtype) -> None:
-    check_norm((2, 7, width), first, rms, dtype, "cpu")
+def test_the_norms_are_right(
+    width: int, first: bool, rms: bool, dropping: bool, dtype: torch.dtype
+) -> None:
+    check_norm((2, 7, width), first, rms, dtype, "cpu", dropping)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("width", [3, 48, 192])
-@pytest.mark.parametrize("skip", [(), (0, 10)])
+@pytest.mark.parametrize(
+    ("width", "dtype", "skip"),
+    [
+        (3, torch.float32, (0, 10)),
+        (48, torch.bfloat16, ()),
+        (64, torch.float16, (5,)),
+        (1031, torch.float32, ()),  # more columns than a block has threads
+    ],
+    ids=str,
+)
 @pytest.mark.usefixtures("gpu")
-def test_the_prompts_are_right(skip: tuple[int, ...], width: int, dtype: torch.dtype) -> None:
+def test_the_prompts_are_right(width: int, dtype: torch.dtype, skip: tuple[int, ...]) -> None:
     check_prompts(skip, width, dtype, "cpu")

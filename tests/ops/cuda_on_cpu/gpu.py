@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import pkgutil
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,12 +15,9 @@ from svp_peft.ops.cuda import kernels
 from tests.ops.cuda_on_cpu.emulator import Driver, Nvrtc
 
 _MODULES = [
-    importlib.import_module(f"svp_peft.ops.cuda.{name}")
-    for name in (
-        "conv", "frozen_mixer", "joint_prompt", "kernels", "norm", "prompt", "scan",
-        "scan_backward",
-    )
-]  # fmt: skip
+    importlib.import_module(f"{cuda.__name__}.{module.name}")
+    for module in pkgutil.iter_modules(cuda.__path__)
+]
 
 
 class EmulatedGpu:
