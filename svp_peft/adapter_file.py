@@ -37,6 +37,7 @@ from svp_peft.errors import (
     InputError,
 )
 from svp_peft.patch import check_patchable
+from svp_peft.sharded import has_shards, refuse_sharded, whole
 from svp_peft.state import SVPState, patched_model, svp_of
 
 logger = logging.getLogger(__name__)
@@ -61,7 +62,9 @@ def save_adapter(
         model: a patched model; DDP, DataParallel and torch.compile wrappers are looked through.
         folder: made if it does not exist.
         adapter_name: which adapter.
-        is_main_process: False does nothing, for all processes but one of a distributed run.
+        is_main_process: False writes nothing, for all processes but one of a distributed run.
+            Of a model that `fully_shard` has spread over processes every one must call this, for
+            its part of the values.
 
     Returns:
         `folder`.
@@ -71,8 +74,10 @@ def save_adapter(
         AdapterWeightsError: a tensor is not finite or is a shard; nothing was written.
         AdapterSaveError: the disk is full, the folder may not be written, ...
     """
-    if is_main_process:
-        write_folder(folder, *encode_adapter(model, adapter_name))
+    if is_main_process or has_shards(model):
+        files = encode_adapter(model, adapter_name)
+        if is_main_process:
+            write_folder(folder, *files)
     return Path(folder)
 
 
@@ -126,6 +131,7 @@ def load_adapter(
         BaseModelMismatchError: the adapter was trained on another base model.
         AdapterNameError: the name is malformed, reserved or taken.
         BackboneNotSupportedError: the model is not a supported one, compiled, or on `meta`.
+        InputError: `fully_shard` has spread the model over processes already.
         The model is unchanged, bit for bit, whenever an error is raised.
     """
     if check_base_model not in get_args(CheckBaseModel):
@@ -134,6 +140,7 @@ def load_adapter(
             f"has other weights than in training. Use one of {list(get_args(CheckBaseModel))}."
         )
     name = check_adapter_name(adapter_name)
+    refuse_sharded(model, "load_adapter")
     patched = is_patched(model)
     if patched:
         model, outer = patched_model(model), model
@@ -230,7 +237,7 @@ def encode_adapter(model: nn.Module, adapter_name: str) -> tuple[bytes, bytes]:
     """The bytes of both files of one adapter of `model`; raises as `save_adapter`."""
     model = patched_model(model)
     svp_of(model).require(adapter_name)
-    state = adapter_state(model, adapter_name)
+    state = {key: whole(tensor) for key, tensor in adapter_state(model, adapter_name).items()}
     for key, tensor in state.items():
         if tensor.numel() == 0 or tensor.is_meta:
             raise AdapterWeightsError(

@@ -19,6 +19,7 @@ from svp_peft.errors import AdapterKeyError, AdapterNameError, AdapterShapeError
 from svp_peft.heads import head_from_tensors
 from svp_peft.patch import attach, build_adapter, check_patchable
 from svp_peft.prompters import SVPAdapter
+from svp_peft.sharded import copy_values
 from svp_peft.state import (
     SVPState,
     add_parts,
@@ -112,7 +113,7 @@ def prepare_adapter(
     _check_tensors(expected, tensors)
     with torch.no_grad():
         for key, tensor in expected.items():
-            tensor.copy_(tensors[key])
+            copy_values(tensor, tensors[key])
     return PreparedAdapter(spec, adapter, modules)
 
 
@@ -169,7 +170,7 @@ def copy_into_adapter(model: nn.Module, name: str, tensors: Mapping[str, Tensor]
     _check_tensors(current, tensors)
     with torch.no_grad():
         for key, tensor in current.items():
-            tensor.copy_(tensors[key])
+            copy_values(tensor, tensors[key])
 
 
 def check_new_name(svp: SVPState, name: str) -> None:

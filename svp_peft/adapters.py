@@ -38,6 +38,7 @@ from svp_peft.errors import (
 )
 from svp_peft.heads import head_for
 from svp_peft.patch import build_adapter
+from svp_peft.sharded import refuse_sharded
 from svp_peft.state import (
     add_parts,
     patched_model,
@@ -109,12 +110,14 @@ def add_adapter(
 
     Raises:
         AdapterNameError: the name is malformed, reserved or taken.
-        ConfigError, InputError: `config` or the head does not fit the model.
+        ConfigError, InputError: `config` or the head does not fit the model, or `fully_shard` has
+            spread it over processes already.
         NotAppliedError: the model carries no SVP; use `apply_svp` for the first adapter.
     """
     model = patched_model(model)
     svp = svp_of(model)
     check_new_name(svp, name)
+    refuse_sharded(model, "add_adapter")
     config = svp.config if config is None else config
     adapter = build_adapter(model, svp.spec, config)
     modules: dict[str, nn.Module] = {}
@@ -248,6 +251,7 @@ def average_adapters(
     model = patched_model(model)
     svp = svp_of(model)
     check_new_name(svp, new_name)
+    refuse_sharded(model, "average_adapters")
     names = list(names)
     if not names:
         raise InputError("average_adapters needs at least one adapter: names is empty. Name some.")

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from svp_peft.sharded import whole
+
 _SAMPLES = 64
 
 
@@ -73,7 +75,7 @@ def base_fingerprint(
     for name, tensor in inside:
         count = min(_SAMPLES, tensor.numel())
         index = torch.arange(count, device=tensor.device) * tensor.numel() // max(count, 1)
-        picked.append(tensor.detach().reshape(-1)[index].to(torch.bfloat16))
+        picked.append(whole(tensor.detach()).reshape(-1)[index].to(torch.bfloat16))
         digest.update(f"{name}|{','.join(str(size) for size in tensor.shape)}\n".encode())
     if picked:
         # one transfer for all: some hundred small ones would take longer than the hash

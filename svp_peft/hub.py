@@ -24,6 +24,7 @@ from svp_peft.adapter_format import WEIGHTS_NAME, encode
 from svp_peft.adapter_store import HubOptions, read_adapter
 from svp_peft.download import call_hub, is_repo_id, library_version
 from svp_peft.errors import AdapterNotFoundError, InputError
+from svp_peft.sharded import has_shards
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -77,6 +78,12 @@ def push_to_hub(
         InputError: `repo_id` or `results` cannot be used, or README.md of the repository cannot
             be read.
     """
+    if has_shards(model):
+        raise InputError(
+            "push_to_hub was called on a model that fully_shard has spread over several processes, "
+            "and would have to send it from one. Call save_adapter in all of them, then "
+            "`svp-peft push` with the folder."
+        )
     config, weights = encode_adapter(model, adapter_name)
     return _push(
         config,

@@ -32,6 +32,7 @@ from svp_peft.hooks import (
     remove_hooks,
 )
 from svp_peft.prompters import SVPAdapter
+from svp_peft.sharded import refuse_sharded
 from svp_peft.state import (
     SVPState,
     add_parts,
@@ -72,6 +73,7 @@ def apply_svp(
         AlreadyAppliedError: the model carries SVP already.
         BackboneNotSupportedError: not a known Vision Mamba, or compiled, wrapped or on `meta`.
         ConfigError: `config` does not fit the model.
+        InputError: `fully_shard` has spread the model over processes already.
         AdapterNameError: the name cannot be used.
         The model is unchanged whenever an error is raised.
     """
@@ -163,6 +165,7 @@ def check_patchable(model: nn.Module, backbone: BackboneSpec | None = None) -> B
             f"{len(fixed)} parameters were made under torch.inference_mode, {fixed[0]!r} first: "
             "such tensors take part in no training. Build or load the model outside of it."
         )
+    refuse_sharded(model, "apply_svp")
     spec = find_backbone(model, backbone)
     if isinstance(model, (nn.Sequential, nn.ModuleList)):
         raise BackboneNotSupportedError(

@@ -6,7 +6,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "svp_peft"
 # a module imports only from those before it
 ORDER = (
-    "errors config ops download serialise vim prompters backbones state hooks heads patch "
+    "errors config sharded ops download serialise vim prompters backbones state hooks heads patch "
     "adapter_tensors adapters grouped routing verify base_model adapter_config adapter_format "
     "adapter_store adapter_build adapter_file hub convert visualize integrations doctor cli "
     "__init__"

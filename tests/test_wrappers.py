@@ -118,7 +118,12 @@ import copy, os, sys, torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from svp_peft.adapters import add_adapter, disable_adapter, set_adapter
+from svp_peft.adapter_file import hotswap_adapter, load_adapter, save_adapter
+from svp_peft.adapters import (
+    adapter_state, add_adapter, average_adapters, disable_adapter, set_adapter
+)
+from svp_peft.hub import push_to_hub
+from svp_peft.errors import InputError
 from svp_peft.config import SVPConfig
 from svp_peft.patch import apply_svp
 from tests.lookalikes import VimLike
@@ -155,6 +160,34 @@ with disable_adapter(model), disable_adapter(alone):
     same(model(images[0]), alone(images[0]))
 set_adapter(model, "other"); set_adapter(alone, "other")
 same(model(images[0]), alone(images[0]))
+
+# every process gives its part of the values, one of them writes
+set_adapter(model, "default"); set_adapter(alone, "default")
+folder = sys.argv[2] + ".adapter"
+save_adapter(model, folder, is_main_process=rank == 0)
+dist.barrier()
+fresh = load_adapter(VimLike(), folder, check_base_model="ignore")
+assert adapter_state(fresh).keys() == adapter_state(alone).keys()
+for key, tensor in adapter_state(fresh).items():
+    same(tensor, adapter_state(alone)[key])
+trained = model(images[0])
+with torch.no_grad():
+    model.svp.alpha.zero_()
+hotswap_adapter(model, folder, check_base_model="error")
+assert torch.equal(model(images[0]), trained)
+for call in (
+    lambda: add_adapter(model, "late"),
+    lambda: load_adapter(model, folder, adapter_name="late"),
+    lambda: average_adapters(model, ["default"]),
+    lambda: apply_svp(fully_shard(VimLike(), mesh=mesh)),
+    lambda: push_to_hub(model, "me/late"),
+):
+    try:
+        call()
+    except InputError as error:
+        assert "fully_shard" in str(error)
+    else:
+        raise AssertionError("not refused")
 # Leave together and past the interpreter's end, where gloo may still have a thread to join.
 dist.barrier()
 dist.destroy_process_group()
@@ -163,7 +196,7 @@ os._exit(0)
 """
 
 
-def test_fsdp2_with_two_processes_trains_switches_and_disables(tmp_path):
+def test_fsdp2_with_two_processes_trains_switches_disables_saves_and_swaps(tmp_path):
     root = Path(__file__).parent.parent
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     workers = [
