@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from svp_peft.ops.reference import positions_mask
 from svp_peft.prompters import SVPAdapter
 
 # padded images per image above which one product per adapter does less work
@@ -80,8 +81,7 @@ def prompt_grouped(
     prompt = alpha[:, None] * cross + beta[:, None] * F.silu(inner.to(compute))
     prompt = prompt.unflatten(1, (most, length))
     if skip:
-        special = torch.zeros(length, dtype=torch.bool, device=x.device)
-        special[list(skip)] = True
+        special = positions_mask(length, skip, x.device)
         prompt = prompt.masked_fill(special[:, None], 0.0)
     out = (x.view(len(parts), most, length, width).to(compute) + prompt).to(x.dtype)
     return [rows[:size] for rows, size in zip(out, sizes, strict=True)]

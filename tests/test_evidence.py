@@ -11,7 +11,10 @@ import report
 import torch
 from evidence_bench import Bench, capture, new_bench, new_model, reset, run_step, run_together
 from evidence_tasks import STRUCTURED, Task, _outline, load_task
-from methods import trained_state
+from methods import METHODS, trained_state
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from svp_peft import ops
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +145,42 @@ def test_the_file_is_complete_after_every_method_and_goes_on(
     assert json.loads((tmp_path / "e.json").read_text())["complete"] == ["linear"]
     with pytest.raises(SystemExit, match="Use another --output"):
         evidence.main([*command, "--epochs", "2"])
+
+
+class _FromTheHost(TorchDispatchMode):
+    """Notes every op that makes a tensor of Python numbers, or Python numbers of a tensor.
+
+    On a GPU each of them waits for the device, and none is allowed while a graph is captured.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__.removesuffix("_")
+        # index_put: an assignment to a list of positions
+        if name in ("lift_fresh", "_local_scalar_dense", "nonzero", "equal", "index_put"):
+            self.found.add(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_step_copies_from_the_host_or_waits_for_the_device(
+    method: str, few_digits: Task, monkeypatch: pytest.MonkeyPatch
+):
+    if method == "svp":
+        # the C++ kernel takes its positions as a tensor, and a CPU has nobody to wait for
+        monkeypatch.setattr(ops.backends, "_default", "reference")
+    bench = new_bench(few_digits, method, {}, 2, torch.device("cpu"))
+    # PyTorch's own, which reads the step count on a CPU; on a GPU it is capturable
+    monkeypatch.setattr(bench.optimizer, "step", lambda: None)
+    bench.optimizer.param_groups[0]["lr"] = torch.zeros(())
+    reset(bench, trained_state(bench.model), 0, 1e-3, epochs=1, val=0)
+    for kind in ("train", "eval"):
+        with _FromTheHost() as seen:
+            run_step(bench, kind)
+        assert seen.found == set(), kind
 
 
 @pytest.mark.gpu

@@ -49,10 +49,21 @@ def prompt(
         return x
     prompted = x.to(compute) + added
     if skip:
-        keep = torch.zeros(x.shape[1], dtype=torch.bool, device=x.device)
-        keep[list(skip)] = True
+        keep = positions_mask(x.shape[1], skip, x.device)
         prompted = torch.where(keep[:, None], x.to(compute), prompted)
     return prompted.to(x.dtype)
+
+
+def positions_mask(length: int, positions: Sequence[int], device: torch.device) -> Tensor:
+    """bool (length,): True at `positions`, each in 0..length-1.
+
+    Nothing is copied from the host, as an index list would be: that waits for the GPU, and is
+    refused while a CUDA graph is captured.
+    """
+    mask = torch.zeros(length, dtype=torch.bool, device=device)
+    for position in positions:
+        mask.narrow(0, position, 1).fill_(True)
+    return mask
 
 
 def prompt_released(
