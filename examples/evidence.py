@@ -156,13 +156,14 @@ def main(command: list[str] | None = None) -> dict[str, Any]:
     add("--methods", nargs="+", choices=METHODS, default=METHODS)
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--epochs", type=int, default=40)
-    add("--rates", type=int, default=4, help="learning rates to try; 1: no search")
+    add("--rates", type=int, choices=[1, 2, 3, 4], default=4, help="to try; 1: no search")
     add("--no-ablations", action="store_true")
     add("--anchors", choices=["none", "first", "only"], default="none")
     add("--no-graphs", action="store_true", help="no CUDA graphs")
     add("--limit-seconds", type=float, default=math.inf, help="begin no method after so long")
     arguments = parser.parse_args(command)
-    if arguments.device == "cuda":
+    on_gpu = torch.device(arguments.device).type == "cuda"
+    if on_gpu:
         torch.set_float32_matmul_precision("high")
 
     output: dict[str, Any] = {"rows": [], "complete": [], "seconds": 0.0}
@@ -179,7 +180,7 @@ def main(command: list[str] | None = None) -> dict[str, Any]:
             )
     output["settings"] = settings
     output["torch"] = torch.__version__
-    output["device"] = torch.cuda.get_device_name() if arguments.device == "cuda" else "CPU"
+    output["device"] = torch.cuda.get_device_name(arguments.device) if on_gpu else "CPU"
     started = time.perf_counter()
 
     def finish(label: str, rows: list[dict[str, Any]], begun: float) -> None:
@@ -197,13 +198,10 @@ def main(command: list[str] | None = None) -> dict[str, Any]:
             print(f"{label}: not begun, {arguments.limit_seconds:.0f} s are over", flush=True)
         return label not in output["complete"] and not late
 
-    if arguments.anchors != "none" and pending("anchors"):
+    known = [name for name in ANCHOR_TASKS if name in arguments.tasks]
+    if arguments.anchors != "none" and known and pending("anchors"):
         begun = time.perf_counter()
-        anchors = {
-            name: load_task(name, arguments.data_root, train)
-            for name, train in ANCHOR_TASKS.items()
-            if name in arguments.tasks
-        }
+        anchors = {name: load_task(name, arguments.data_root, ANCHOR_TASKS[name]) for name in known}
         finish("anchors", measure_anchors(anchors, arguments), begun)
     if arguments.anchors == "only":
         return output

@@ -184,17 +184,22 @@ def test_no_step_copies_from_the_host_or_waits_for_the_device(
 
 
 @pytest.mark.gpu
-def test_captured_steps_train_as_eager_ones_do(few_digits: Task, monkeypatch):
+@pytest.mark.parametrize("method", METHODS)
+def test_captured_steps_train_as_eager_ones_do(method: str, few_digits: Task, monkeypatch):
     monkeypatch.setattr(evidence_bench, "DROP_PATH", 0.0)
     device = torch.device("cuda")
     ends = []
-    state = trained_state(new_model("svp", 10, 0, {}))
+    state = trained_state(new_model(method, 10, 0, {}))
     for graphs in (False, True):
-        bench: Bench = new_bench(few_digits, "svp", {}, 4, device)
+        bench: Bench = new_bench(few_digits, method, {}, 4, device)
         torch.cuda.synchronize()
         if graphs:
             capture(bench)
-        run_together([bench], [state], 0, [2e-3], epochs=2, val=0)
+        # the second run begins where the first one did, not where it ended
+        accuracies = [run_together([bench], [state], 0, [2e-3], epochs=2, val=0) for _ in range(2)]
+        assert abs(accuracies[0][0] - accuracies[1][0]) <= 1 / 8
         ends.append(torch.cat([p.flatten() for p in trained_state(bench.model).values()]).cpu())
-    # four steps of Adam with sums in another order
-    torch.testing.assert_close(ends[0], ends[1], rtol=1e-2, atol=2e-3)
+    start = torch.cat([p.flatten() for p in state.values()])
+    # four steps of Adam with sums in another order: where a gradient is nearly zero its sign, and
+    # with it the whole step, may be another
+    assert (ends[0] - ends[1]).norm() < 0.1 * (ends[0] - start).norm()

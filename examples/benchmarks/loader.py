@@ -20,6 +20,7 @@ import os
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -36,12 +37,15 @@ SIZE, BATCH = 224, 96
 
 def write_photographs(folder: Path, count: int) -> Split:
     """Blurred noise over a gradient: about the entropy, and the decoding time, of a photograph."""
-    rng = np.random.default_rng(0)
-    paths = []
-    for index in range(count):
+    paths = [folder / f"{index}.jpg" for index in range(count)]
+
+    def write(index: int) -> None:
+        rng = np.random.default_rng(index)
         noise = Image.fromarray(rng.integers(0, 256, (375, 500, 3), dtype=np.uint8))
-        paths.append(folder / f"{index}.jpg")
-        noise.filter(ImageFilter.GaussianBlur(1.5)).save(paths[-1], quality=90)
+        noise.filter(ImageFilter.GaussianBlur(1.5)).save(paths[index], quality=90)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(write, range(count)))
     return Split(paths, [0] * count, [path.name for path in paths])
 
 

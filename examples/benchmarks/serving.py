@@ -115,7 +115,9 @@ def main() -> None:
     }
     dtype = getattr(torch, arguments.dtype)
     result = {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor(),
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "dtype": arguments.dtype,
