@@ -27,6 +27,40 @@ def test_released_rows_train_at_the_released_rate(dataset: str, lr: float):
     assert HTA[dataset].lr == pytest.approx(lr, rel=1e-12)
 
 
+def test_released_rows_have_the_released_decay_and_group_size():
+    columns = {name: (row.weight_decay, row.cross_group_size) for name, row in HTA.items()}
+    assert columns.pop("cars") == columns["cub"]
+    assert columns == {
+        "cub": (1e-4, 8),
+        "cifar100": (1e-5, 12),
+        "cifar10": (1e-4, 8),
+        "dtd": (1e-4, 4),
+        "dogs": (1e-8, 12),
+        "gtsrb": (1e-6, 6),
+        "nabirds": (0.0, 8),
+        "svhn": (1e-3, 12),
+        "flowers": (1e-4, 8),
+        "food101": (1e-4, 8),
+    }
+
+
+def test_what_all_released_runs_share():
+    for row in HTA.values():
+        assert (row.batch_size, row.epochs, row.warmup_epochs) == (96, 100, 5)
+        assert (row.warmup_lr, row.min_lr, row.drop_path) == (1e-5, 1e-5, 0.1)
+        assert (row.label_smoothing, row.erase, row.clip_norm) == (0.1, 0.25, None)
+        assert (row.inner_bottleneck, row.augment, row.select) == (64, "reference", "test")
+        assert (row.mixup, row.cutmix) in ((0.8, 1.0), (0.0, 0.0))
+
+
+def test_vtab_rows_are_those_of_mambapeft():
+    for row in VTAB.values():
+        assert (row.batch_size, row.epochs, row.warmup_epochs) == (32, 100, 10)
+        assert (row.warmup_lr, row.min_lr, row.weight_decay) == (1e-6, 1e-5, 1e-4)
+        assert (row.clip_norm, row.drop_path, row.augment) == (5.0, 0.1, "resize")
+        assert (row.label_smoothing, row.mixup, row.cutmix) == (0.0, 0.0, 0.0)
+
+
 def test_the_quirks_are_those_of_the_released_runs():
     def having(quirk: str) -> set[str]:
         return {name for name, row in HTA.items() if getattr(row, quirk)}
