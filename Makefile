@@ -39,17 +39,17 @@ clean:
 	rm -rf .venv site build dist .pytest_cache .ruff_cache .mypy_cache
 
 # one stamp per set of extras: a later edit of pyproject.toml installs again
-.venv/bin/python:
+.venv/bin/pip: # made last, so a venv that was interrupted is made again
 	$(PYTHON) -m venv .venv
 
-.venv/ready-examples: .venv/bin/python pyproject.toml
+.venv/ready-examples: pyproject.toml | .venv/bin/pip
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -e ".[examples,cpu]"
 	@touch $@
 
-.venv/ready-test: .venv/bin/python pyproject.toml
+.venv/ready-test: pyproject.toml | .venv/bin/pip
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -e ".[test]"
 	@touch $@ .venv/ready-examples
 
-.venv/ready-dev: .venv/bin/python pyproject.toml
+.venv/ready-dev: pyproject.toml | .venv/bin/pip
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -e ".[dev]"
 	@touch $@ .venv/ready-test .venv/ready-examples
