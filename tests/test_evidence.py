@@ -13,9 +13,9 @@ import torch
 from evidence_bench import Bench, capture, new_bench, new_model, reset, run_step, run_together
 from evidence_tasks import STRUCTURED, Task, _outline, load_task
 from methods import METHODS, trained_state
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from svp_peft import ops
+from tests.from_the_host import FromTheHost
 
 
 @pytest.fixture(scope="module")
@@ -158,24 +158,6 @@ def test_the_file_is_complete_after_every_method_and_goes_on(
         evidence.main([*command, "--epochs", "2"])
 
 
-class _FromTheHost(TorchDispatchMode):
-    """Notes every op that makes a tensor of Python numbers, or Python numbers of a tensor.
-
-    On a GPU each of them waits for the device, and none is allowed while a graph is captured.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: set[str] = set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__.removesuffix("_")
-        # index_put: an assignment to a list of positions
-        if name in ("lift_fresh", "_local_scalar_dense", "nonzero", "equal", "index_put"):
-            self.found.add(name)
-        return function(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_no_step_copies_from_the_host_or_waits_for_the_device(
     method: str, few_digits: Task, monkeypatch: pytest.MonkeyPatch
@@ -189,7 +171,7 @@ def test_no_step_copies_from_the_host_or_waits_for_the_device(
     bench.optimizer.param_groups[0]["lr"] = torch.zeros(())
     reset(bench, trained_state(bench.model), 0, 1e-3, epochs=1, val=0)
     for kind in ("train", "eval"):
-        with _FromTheHost() as seen:
+        with FromTheHost() as seen:
             run_step(bench, kind)
         assert seen.found == set(), kind
 

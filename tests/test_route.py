@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from svp_peft import routing
 from svp_peft.adapters import (
     adapter_state,
     add_adapter,
@@ -13,8 +14,11 @@ from svp_peft.adapters import (
 )
 from svp_peft.config import SVPConfig
 from svp_peft.errors import AdapterNameError, InputError
+from svp_peft.ops import backends
 from svp_peft.patch import apply_svp
 from svp_peft.routing import route
+from tests import tiny
+from tests.from_the_host import FromTheHost
 from tests.lookalikes import VimLike
 
 CLASSES = {"birds": 5, "cars": 3, "dogs": 7}
@@ -184,6 +188,23 @@ def test_one_context_may_be_entered_within_itself_and_again(model):
         assert torch.equal(model(images), expected)
     assert torch.equal(model(images), before)
     assert not model.head._forward_hooks
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_a_context_used_again_copies_nothing_from_the_host(batched, monkeypatch):
+    """So that it can be captured as a CUDA graph after a call to warm up."""
+    monkeypatch.setattr(routing, "_on_gpu", lambda x: batched)
+    monkeypatch.setattr(backends, "_default", "reference")
+    model = tiny.trained(name="birds")
+    add_adapter(model, "cars", num_classes=3)
+    images, context = torch.randn(4, 3, 16, 16), route(model, ["cars", "birds"] * 2)
+    found = []
+    for _ in range(2):
+        with FromTheHost() as seen, context:
+            model(images)
+        found.append(seen.found)
+    # the first call makes the indices that sort the batch
+    assert found == [{"lift_fresh"}, set()]
 
 
 def test_a_context_whose_adapter_has_gone_is_not_entered(model):
