@@ -281,6 +281,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")
 @pytest.mark.parametrize("case", REFUSED)
 def test_checkpoints_that_cannot_be_an_adapter_are_named(tmp_path, case):
     change, message = REFUSED[case]

@@ -54,6 +54,7 @@ def test_keys_that_do_not_fit_are_named(
         load_vim(path)
 
 
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")
 def test_a_tensor_without_plain_values_is_named(tmp_path: Path) -> None:
     path = tmp_path / "vim.pth"
     for value in (torch.zeros(16, device="meta"), torch.zeros(16).to_sparse()):
