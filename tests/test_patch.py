@@ -326,6 +326,25 @@ def test_functional_call_takes_the_adapter_from_the_given_parameters(model, imag
     assert torch.equal(model(images), plain)
 
 
+def test_gradients_by_torch_func_are_those_of_autograd(images):
+    model = apply_svp(VimLike().eval(), CONFIG)
+    for parameter in model.svp.adapter.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+    def loss(parameters, batch):
+        return torch.func.functional_call(model, parameters, (batch,)).square().sum()
+
+    values = {name: parameter.detach() for name, parameter in trained.items()}
+    loss(trained, images).backward()
+    whole = torch.func.grad(loss)(values, images)
+    of_each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(values, images[:, None])
+    for name, parameter in trained.items():
+        torch.testing.assert_close(whole[name], parameter.grad)
+        # one sum per image, added up in another order
+        torch.testing.assert_close(of_each[name].sum(0), parameter.grad, rtol=1e-4, atol=1e-5)
+
+
 def test_batch_of_one_trains(model):
     # the released in-place code fails here: "modified by an inplace operation"
     config = SVPConfig(cross_source="released", cross_group_size=2, inner_bottleneck=4)

@@ -72,8 +72,10 @@ def svp_prompt(
     kernel_dtype = torch.float32 if half_on_cpu else halves[0] if halves else product
     name = choose(backend, x.device, kernel_dtype)
     dropping = training and dropout > 0
-    fused = provides(name, "prompt_backward") and not torch.compiler.is_compiling()
-    fused = fused and not half_on_cpu
+    fused = provides(name, "prompt_backward") and not half_on_cpu
+    # what a compiler traces and torch.func transforms are plain PyTorch
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    fused = fused and not traced
     if fused and not dropping and cross_weight is not None and down_weight is not None:
         if name == "cuda" and x.numel() and all(_is_plain(t) for t in tensors):
             keep = x.numel() <= _KEEP_PRE_ACTIVATIONS
