@@ -23,6 +23,7 @@ from svp_peft.sharded import copy_values
 from svp_peft.state import (
     SVPState,
     add_parts,
+    are_alike,
     copy_tensors,
     module_path,
     patched_model,
@@ -226,9 +227,10 @@ def give_originals_back(model: nn.Module, svp: SVPState, name: str) -> None:
     """
     mine, base = svp.parked_of(name), svp.parked_of(BASE_ADAPTER)
     for role, original in svp.originals.items():
-        if role not in mine or mine[role] is not original:
+        known = base_module(model, svp, role)
+        if role not in mine or mine[role] is not original or not are_alike(original, known):
             continue
-        copy_tensors(original, base_module(model, svp, role))
+        copy_tensors(original, known)
         original.requires_grad_(False)
         if svp.in_use[role] == BASE_ADAPTER:
             set_module(model, module_path(svp.spec, role), original)

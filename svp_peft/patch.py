@@ -36,6 +36,7 @@ from svp_peft.sharded import refuse_sharded
 from svp_peft.state import (
     SVPState,
     add_parts,
+    are_alike,
     copy_tensors,
     module_path,
     patched_model,
@@ -103,8 +104,11 @@ def remove_svp(model: nn.Module) -> nn.Module:
     use_modules_of(model, BASE_ADAPTER)
     for role, original in svp.originals.items():
         path = module_path(svp.spec, role)
-        if original is not model.get_submodule(path) and _is_parked(svp, original):
-            copy_tensors(original, model.get_submodule(path))
+        base = model.get_submodule(path)
+        # an object that was rebuilt since (a parametrisation, a quantised head) cannot be the base
+        # model's again, and the copy stays
+        if original is not base and _is_parked(svp, original) and are_alike(original, base):
+            copy_tensors(original, base)
             set_module(model, path, original)
     for module in model.modules():
         remove_hooks(module, svp)

@@ -227,6 +227,16 @@ def set_module(model: nn.Module, path: str, module: nn.Module) -> None:
     model.get_submodule(parent)._modules[name] = module
 
 
+def are_alike(one: nn.Module, other: nn.Module) -> bool:
+    """Whether the modules have tensors of the same shapes: nobody has rebuilt one of them."""
+
+    def shapes(module: nn.Module) -> list[tuple[str, torch.Size]]:
+        named = (*module.named_parameters(), *module.named_buffers())
+        return [(name, tensor.shape) for name, tensor in named]
+
+    return shapes(one) == shapes(other)
+
+
 def copy_tensors(target: nn.Module, source: nn.Module) -> None:
     """Copy all parameters and buffers of `source` into `target`, and drop `target`'s gradients."""
     pairs = [

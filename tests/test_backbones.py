@@ -196,10 +196,13 @@ def test_features_kept_without_a_copy_stay_what_they_were():
 
 def test_prompt_tokens_of_mambapeft_are_refused_but_may_be_placed_by_hand():
     model = MambaPeftLike(VimLike(), prompts=2)
-    with pytest.raises(BackboneNotSupportedError, match="moves the class token"):
+    with pytest.raises(BackboneNotSupportedError, match="moves the class token") as caught:
         find_backbone(model)
-    spec = BackboneSpec(blocks="module.layers", class_tokens=(10,), head="module.head")
-    assert find_backbone(model, spec).class_tokens == (10,)
+    start = "BackboneSpec(blocks='module.layers', class_tokens=(position,), owner='module')"
+    assert start in str(caught.value)
+    spec = find_backbone(model, eval(start, {"BackboneSpec": BackboneSpec, "position": 10}))
+    assert spec.class_tokens == (10,)
+    assert spec.head == "module.head"
 
 
 @pytest.mark.parametrize(
@@ -264,6 +267,17 @@ def test_a_spec_that_does_not_fit_is_refused(spec, match):
         find_backbone(VimLike(), spec)
 
 
+def test_a_block_that_stands_in_the_stack_twice_is_refused():
+    model = VimLike()
+    model.layers[2] = model.layers[1]
+    with pytest.raises(BackboneNotSupportedError, match="4 blocks of which 3 are distinct"):
+        find_backbone(model)
+    maps = VMambaLike()
+    maps.layers[1].blocks[2] = maps.layers[1].blocks[0]
+    with pytest.raises(BackboneNotSupportedError, match="3 blocks of which 2 are distinct"):
+        find_backbone(maps)
+
+
 def test_several_candidates_are_listed():
     model = nn.ModuleDict({"teacher": VimLike(), "student": VimLike()})
     with pytest.raises(BackboneNotSupportedError, match=r"'teacher'.*'student'"):
@@ -276,18 +290,19 @@ def test_an_unknown_model_gets_a_spec_that_works_once_the_width_is_filled_in():
             super().__init__()
             self.stem = nn.Linear(3, 8)
             self.trunk = nn.ModuleList(nn.Linear(8, 8) for _ in range(5))
+            self.top = nn.ModuleDict({"head": nn.Linear(8, 3)})
 
         def forward(self, x):
             x = self.stem(x)
             for block in self.trunk:
                 x = block(x)
-            return x
+            return self.top["head"](x)
 
     model = Unknown()
     with pytest.raises(BackboneNotSupportedError) as caught:
         find_backbone(model)
     assert "trunk: 5 x Linear" in str(caught.value)
-    start = "BackboneSpec(blocks='trunk', d_model=..., class_tokens='none', head=None)"
+    start = "BackboneSpec(blocks='trunk', d_model=..., class_tokens='none', head='top.head')"
     assert start in str(caught.value)
     spec = eval(start.replace("...", "8"), {"BackboneSpec": BackboneSpec})
     x = torch.randn(2, 6, 3)

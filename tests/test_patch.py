@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from svp_peft.adapters import add_adapter, disable_adapter, set_adapter
+from svp_peft.adapters import add_adapter, delete_adapter, disable_adapter, set_adapter
 from svp_peft.config import SVPConfig
 from svp_peft.errors import (
     AdapterNameError,
@@ -180,6 +180,23 @@ def test_a_head_that_the_user_replaced_does_not_survive_remove_svp(model, images
     assert model(images).shape == (2, 3)
     remove_svp(model)
     assert torch.equal(model(images), before)
+
+
+@pytest.mark.parametrize("delete", [False, True])
+def test_a_head_that_was_rebuilt_in_place_does_not_stop_its_adapter_from_going(
+    model, images, delete
+):
+    before = model(images)
+    apply_svp(model, CONFIG)
+    # the object of the base model now has other parameters than its copy
+    nn.utils.parametrizations.weight_norm(model.head)
+    model(images).sum().backward()
+    if delete:
+        add_adapter(model, "other")
+        delete_adapter(model, "default", new_active="other")
+    remove_svp(model)
+    assert torch.equal(model(images), before)
+    assert all(parameter.requires_grad for parameter in model.head.parameters())
 
 
 def test_prompts_change_the_logits_once_scales_do(model, images):

@@ -83,7 +83,8 @@ def _vim_class_tokens(path: str, module: nn.Module) -> tuple[str, ClassTokens]:
             f"the Vim at {path or 'the top'!r} inserts prompt tokens of its own "
             f"(prompt_type={getattr(module, 'prompt_type', None)!r}, as MambaPEFT does), which "
             "moves the class token: SVP would prompt it. Say where it stands: "
-            f"backbone=BackboneSpec(blocks={join(path, 'layers')!r}, class_tokens=(position,))."
+            f"backbone=BackboneSpec(blocks={join(path, 'layers')!r}, class_tokens=(position,), "
+            f"owner={path!r})."
         )
     return family, tokens
 
@@ -197,11 +198,11 @@ def _stages(path: str, module: nn.Module, name: str, attribute: str) -> tuple[st
     if not isinstance(stages, (nn.ModuleList, nn.Sequential)):
         return None
     paths: list[str] = []
-    for stage_name, stage in stages.named_children():
-        blocks = stage._modules.get("blocks")
+    for stage_name, stage in stages._modules.items():
+        blocks = None if stage is None else stage._modules.get("blocks")
         if not isinstance(blocks, (nn.ModuleList, nn.Sequential)):
             continue
-        for block_name, block in blocks.named_children():
-            if block._modules.get(attribute) is not None:
+        for block_name, block in blocks._modules.items():
+            if block is not None and block._modules.get(attribute) is not None:
                 paths.append(join(path, name, stage_name, "blocks", block_name))
     return tuple(paths) or None

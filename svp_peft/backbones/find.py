@@ -92,7 +92,8 @@ def _block_paths(model: nn.Module, spec: BackboneSpec) -> tuple[str, ...]:
         paths = tuple(spec.blocks)
     else:
         stack = _module_at(model, spec.blocks, "blocks")
-        paths = tuple(join(spec.blocks, name) for name, _ in stack.named_children())
+        # not named_children(), which leaves out a block that stands there twice
+        paths = tuple(join(spec.blocks, name) for name in stack._modules)
     modules = [id(model.get_submodule(path)) for path in paths]
     if not paths or len(set(modules)) != len(modules):
         raise BackboneNotSupportedError(
@@ -175,5 +176,10 @@ def _start_spec(model: nn.Module) -> str:
             kinds = {type(item) for item in module}
             if len(kinds) == 1 and len(module) > length:
                 best, length = path, len(module)
-    head = "'head'" if "head" in model._modules else None
-    return f"BackboneSpec(blocks={best!r}, d_model=..., class_tokens='none', head={head})"
+    heads = (
+        path
+        for path, module in model.named_modules()
+        if path.split(".")[-1] in ("head", "fc", "classifier") and isinstance(module, nn.Linear)
+    )
+    head = next(heads, None)
+    return f"BackboneSpec(blocks={best!r}, d_model=..., class_tokens='none', head={head!r})"
