@@ -30,6 +30,7 @@ from functools import partial
 from pathlib import Path
 
 import torchvision.datasets as tv
+from sources import JSON_SOURCE, SOURCES, fetch, remedy
 from splits import (
     DataError,
     Split,
@@ -71,26 +72,7 @@ FOLDERS: dict[str, tuple[str, ...]] = {
     "svhn": (".", "svhn"),
     "food101": ("food-101", "food101/food-101", "food101"),
 }
-SOURCES: dict[str, str] = {
-    "cub": "https://www.vision.caltech.edu/datasets/cub_200_2011",
-    "nabirds": "https://dl.allaboutbirds.org/nabirds",
-    "flowers": "https://www.robots.ox.ac.uk/~vgg/data/flowers/102",
-    "dogs": "http://vision.stanford.edu/aditya86/ImageNetDogs",
-    "cars": "https://github.com/KaiyangZhou/CoOp/blob/main/DATASETS.md#stanfordcars",
-    "vtab": "the link in https://github.com/dongzelian/SSF#data-preparation",
-}
-JSON_SOURCE = "the split files fgvc_split.zip linked in https://github.com/KMnP/vpt#datasets"
 _json = partial(read_json, source=JSON_SOURCE)
-# torchvision's class, and the splits that it downloads one by one
-DOWNLOADS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "cifar10": ("CIFAR10", ()),
-    "cifar100": ("CIFAR100", ()),
-    "dtd": ("DTD", ()),
-    "gtsrb": ("GTSRB", ("train", "test")),
-    "svhn": ("SVHN", ("train", "test")),
-    "food101": ("Food101", ()),
-    "flowers": ("Flowers102", ()),
-}
 
 
 def load_hta(name: str, root: Path, *, honest: bool = True, download: bool = False) -> Splits:
@@ -108,7 +90,7 @@ def load_hta(name: str, root: Path, *, honest: bool = True, download: bool = Fal
     if name not in FOLDERS:
         raise DataError(f"data set {name!r} is unknown. Use one of {', '.join(FOLDERS)}.")
     if download:
-        _download(name, root)
+        fetch(name, Path(root).expanduser(), FOLDERS[name][0])
     readers: dict[str, Callable[[Path, bool], Splits]] = {
         "flowers": _flowers,
         "cifar10": _cifar,
@@ -123,7 +105,7 @@ def load_hta(name: str, root: Path, *, honest: bool = True, download: bool = Fal
     try:
         splits = reader(folder, honest)
     except FileNotFoundError as error:
-        raise DataError(f"{name}: {error.filename} is missing. {_remedy(name, folder)}") from error
+        raise DataError(f"{name}: {error.filename} is missing. {remedy(name, folder)}") from error
     check_labels(f"{name} in {folder}", splits)
     return splits
 
@@ -148,26 +130,8 @@ def _folder(name: str, root: Path) -> Path:
     raise DataError(
         f"{name}: not found under {root}: expected for example {usual / wanted[0]} (also accepted: "
         f"{', '.join((*FOLDERS[name][1:], 'the folder itself'))}, in upper or lower case). "
-        f"{_remedy(name, usual)}"
+        f"{remedy(name, usual)}"
     )
-
-
-def _remedy(name: str, folder: Path) -> str:
-    if name in DOWNLOADS:
-        return "Add --download to fetch it with torchvision."
-    return f"Unpack {SOURCES[name]} to {folder}, and put in {JSON_SOURCE}."
-
-
-def _download(name: str, root: Path) -> None:
-    root = Path(root).expanduser()
-    if name not in DOWNLOADS:
-        raise DataError(
-            f"{name}: torchvision cannot download it. {_remedy(name, root / FOLDERS[name][0])}"
-        )
-    root.mkdir(parents=True, exist_ok=True)
-    kind, splits = DOWNLOADS[name]
-    for options in [{"split": split} for split in splits] or [{}]:
-        getattr(tv, kind)(str(root), download=True, **options)
 
 
 # ---- one reader per format -----------------------------------------------------------------------

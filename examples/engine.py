@@ -162,7 +162,9 @@ def run_seeds(
         accelerator.wait_for_everyone()
         result = result_of(folder)
         if result is None:
-            splits = splits or load(dataset, recipe)
+            # one process downloads, the others find the files
+            with accelerator.local_main_process_first():
+                splits = splits or load(dataset, recipe)
             if splits.num_classes != recipe.num_classes:
                 logger.warning(
                     "%s: %d classes found, the whole data set has %d",

@@ -4,12 +4,14 @@ import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from urllib.error import URLError
 
 import engine
 import images
 import numpy as np
 import pytest
 import torch
+import torchvision
 import train_hta
 import train_vtab1k
 from datasets import load_hta, load_vtab
@@ -128,6 +130,18 @@ def test_an_empty_list_is_named(tmp_path: Path):
     file.write_bytes("images/ü.jpg 0".encode("latin-1"))
     with pytest.raises(DataError, match=r"val200\.txt is not UTF-8"):
         load_vtab("kitti", tmp_path, 4)
+
+
+@pytest.mark.parametrize("error", [URLError("no route to host"), RuntimeError("not downloaded")])
+def test_a_download_that_fails_says_so(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(torchvision.datasets, "DTD", fail)
+    with pytest.raises(DataError, match=f"dtd: the download to {tmp_path} failed .*again"):
+        load_hta("dtd", tmp_path, download=True)
 
 
 # ---- images --------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torchvision
 from accelerate.utils import set_seed
-from datasets import DOWNLOADS, FOLDERS, load_hta, load_vtab
+from datasets import FOLDERS, load_hta, load_vtab
 from images import (
     Order,
     Transformed,
@@ -21,6 +21,7 @@ from images import (
 )
 from PIL import Image
 from recipes import HTA, VTAB
+from sources import DOWNLOADS
 from splits import DataError, Split, hold_out
 from timm.data.auto_augment import RandAugment
 from torchvision.datasets import cifar
