@@ -2,7 +2,9 @@
 
 A `Bench` holds one model, one task and every buffer its training step reads, all on the device.
 On a GPU the step is captured as a CUDA graph, once, and replayed for any number of runs; benches
-replay on their own streams, for a step of this small model fills a fraction of a GPU.
+replay on their own streams, for a step of this small model fills a fraction of a GPU. They share
+PyTorch's random numbers on the GPU, so which images drop path leaves out depends on how the streams
+interleave: on a GPU a repeated run gives the same accuracies up to that chance.
 """
 
 from __future__ import annotations
