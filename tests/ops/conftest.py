@@ -1,6 +1,8 @@
 """Fixtures of the tests of the kernels."""
 
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,12 +25,25 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(owner, name, filled)
 
 
+@pytest.fixture(scope="session")
+def emulator_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where built kernels are kept: beside those of the GPU, if that can be written to."""
+    try:
+        folder = disk_cache.cache_folder().with_name("cuda-on-cpu")
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError:
+        return tmp_path_factory.mktemp("cuda-on-cpu")
+
+
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch, poisoned: None) -> Iterator[EmulatedGpu]:
+def gpu(
+    monkeypatch: pytest.MonkeyPatch, poisoned: None, emulator_cache: Path
+) -> Iterator[EmulatedGpu]:
     """An emulated GPU: the CUDA kernels run on CPU tensors, and fresh memory holds NaN."""
     missing = emulator.unavailable()
     if missing is not None:
         pytest.skip(missing)
-    cache = disk_cache.cache_folder().with_name("cuda-on-cpu")
-    with emulated_gpu(monkeypatch, cache) as found:
+    with emulated_gpu(monkeypatch, emulator_cache) as found:
         yield found

@@ -190,8 +190,8 @@ WRONG = {
         "small.cu:6: the index 32 is outside of its array",
     ),
     "an access that is not aligned": (
-        "if (t < 15) *(float4*)(out + 4 * t) = *(const float4*)(in + 4 * t + 1);",
-        "small.cu:6: an access to .* not aligned",
+        "if (t < 31) *(double*)(out + 2 * t) = *(const double*)(in + 2 * t + 1);",
+        "reads 8 bytes at .* no multiple of it",
     ),
     "a copy that is not aligned": (
         "__shared__ float4 s[64]; if (t < 15) copy_async<16>(s + t, in + 4 * t + 1);"

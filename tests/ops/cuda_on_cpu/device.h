@@ -13,7 +13,7 @@
 #define __grid_constant__
 #define __launch_bounds__(MOST, ...) MOST
 // all blocks share one place, since they run one after another; the section says where it is
-#define __shared__ static __attribute__((section("cuda_shared")))
+#define __shared__ static __attribute__((section("cuda_shared"), used))
 
 struct alignas(8) float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
@@ -47,7 +47,7 @@ namespace emulator {
 
 constexpr int LANES = 32;
 extern struct Index { uint3 thread, block, threads, blocks; } index;
-extern char* const arena;  // dynamic shared memory
+char* dynamic_shared();
 
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 void wait_for_block();
@@ -92,7 +92,7 @@ template <class T> static inline T __shfl_down_sync(unsigned mask, T v, int by) 
   return emulator::shuffled(mask, v, int(threadIdx.x % emulator::LANES) + by);
 }
 static inline ptrdiff_t __cvta_generic_to_shared(const void* p) {
-  return (const char*)p - emulator::arena;
+  return (const char*)p - emulator::dynamic_shared();
 }
 
 // ------------------------------------------------- PTX: named after the instruction, operands in order

@@ -1,5 +1,6 @@
 """The translation of a kernel, its build, and what stands for NVRTC and the driver."""
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -9,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from svp_peft.errors import BackendError
@@ -17,21 +19,12 @@ from svp_peft.ops.cuda import disk_cache
 _HERE = Path(__file__).parent
 ORDERS = ("forwards", "backwards", "shuffled")
 _RUNTIME = ("runtime.cpp", "memory.h", "device.h")
-_FLAGS = (
-    *(
-        "-std=c++17",
-        "-O1",
-        "-g1",
-        "-gdwarf-4",
-        "-w",
-        "-fPIC",
-        "-fvisibility=hidden",
-        "-fno-strict-aliasing",
-        "-ffp-contract=off",
-    ),
-    "-U_FORTIFY_SOURCE",  # its longjmp refuses to change stacks
-)
-_CHECKS = ("-fsanitize=thread,alignment,bounds",)
+# without _FORTIFY_SOURCE, whose longjmp refuses to change stacks
+_FLAGS = """
+    -std=c++17 -O1 -g1 -gdwarf-4 -w -fPIC -fvisibility=hidden -fno-strict-aliasing
+    -ffp-contract=off -U_FORTIFY_SOURCE
+""".split()
+_CHECKS = ["-fsanitize=thread,bounds"]
 _ENTRY = re.compile(r'extern\s+"C"\s+__global__\s+void([^{;]*?)\b(\w+)\s*\(\s*const')
 _DYNAMIC = re.compile(r"extern\s+__shared__\s+(\w+)\s+(\w+)\[\];")
 _INCLUDE = re.compile(r'#include "([^"]+)"')
@@ -50,7 +43,7 @@ def unavailable() -> str | None:
 
 def translate(text: str) -> str:
     """CUDA C++ as C++: PTX instructions become calls, dynamic shared memory a pointer."""
-    text = _DYNAMIC.sub(r"\1* const \2 = (\1*)emulator::arena;", text)
+    text = _DYNAMIC.sub(r"\1* const \2 = (\1*)emulator::dynamic_shared();", text)
     text = _ENTRY.sub(_entry, text)
     pieces, at = [], 0
     for found in re.finditer(r"\basm\s*(?:volatile\s*)?\(", text):
@@ -103,8 +96,7 @@ class Nvrtc:
         self, source: str, name: str, headers: dict[str, str], options: tuple[str, ...]
     ) -> bytes:
         macros = [option[2:].replace("=", " ", 1) for option in options if option.startswith("-D")]
-
-        seen = set()
+        seen: set[str] = set()
 
         def expand(name: str, text: str) -> str:
             if name in seen:
@@ -226,7 +218,9 @@ EXPORT const unsigned cuda_on_cpu_threads = most_threads_of_{entry};
     key = disk_cache.key_of(_version(compiler), *compiler, *kernel_flags, *runtime, text)
     path = cache / f"{key}.so"
     if path.exists():
+        path.touch()
         return path
+    _forget_old(cache)
     shared_object = _compiled(cache, [*compiler, *_FLAGS], runtime)
     return _stored(
         path,
@@ -258,6 +252,15 @@ def _stored(path: Path, source: str, steps: list[list[str]]) -> Path:
                 raise BackendError(f"It does not compile for a CPU:\n{done.stderr[:4000]}")
         os.replace(Path(scratch, "result"), path)
     return path
+
+
+@functools.cache
+def _forget_old(cache: Path) -> None:
+    """Delete what no test has used for a month: every change of a source makes new libraries."""
+    for path in cache.glob("*.*o"):
+        with contextlib.suppress(OSError):  # another process was faster
+            if time.time() - path.stat().st_mtime > 30 * 86_400:
+                path.unlink()
 
 
 @functools.cache

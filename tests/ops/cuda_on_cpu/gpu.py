@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from svp_peft.ops import cuda
-from svp_peft.ops.cuda import kernels
+from svp_peft.ops.cuda import disk_cache, kernels
 from tests.ops.cuda_on_cpu.emulator import Driver, Nvrtc
 
 _MODULES = [
@@ -96,7 +96,8 @@ def emulated_gpu(patch: pytest.MonkeyPatch, cache: Path) -> Iterator[EmulatedGpu
     patch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
     patch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: 0, raising=False)
     # translated sources are no business of the user's cache
-    patch.setenv("SVP_PEFT_CACHE", str(cache / "translated"))
+    patch.setattr(disk_cache, "read", lambda _: None)
+    patch.setattr(disk_cache, "write", lambda *_: None)
     gpu.forget_kernels()
     yield gpu
     gpu.forget_kernels()

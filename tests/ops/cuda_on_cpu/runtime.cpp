@@ -46,7 +46,9 @@ static unsigned threads, barriers;
 alignas(16) static uint32_t slots[32][2][LANES][WORDS];
 // 16 bytes are all the alignment that is promised: the arena starts 16 behind a multiple of 64
 alignas(64) static char memory[16 + ARENA];
-char* const arena = memory + 16;
+static char* const arena = memory + 16;
+
+char* dynamic_shared() { return arena; }
 
 static Fiber& fiber_of(unsigned thread) { return *(Fiber*)(stacks + thread * STACK); }
 static Fiber& me() { return fiber_of(threadIdx.x); }
@@ -65,7 +67,8 @@ void fail(const char* format, ...) {
 }
 
 // An access by the thread that runs, from the code at `code`.
-static void access(const void* address, size_t size, bool writes, const void* code) {
+static void access(const void* address, size_t size, bool writes, const void* code,
+                   size_t alignment = 1) {
   const char* from = (const char*)address;
   if (from >= stacks && from < stacks + threads * STACK) return;
   if (from >= (char*)&index && from < (char*)(&index + 1)) return;
@@ -77,6 +80,8 @@ static void access(const void* address, size_t size, bool writes, const void* co
          from >= arena && from < arena + ARENA ? "behind its dynamic shared memory"
                                                : "outside of every tensor it was given");
   if (!range->cells) return;
+  if ((uintptr_t)address % alignment)
+    fail("@%tx %s %zu bytes at %p, which is no multiple of it", place, does, size, address);
   const Moment now = {block_number(), threadIdx.x, barriers, (unsigned)me().syncs};
   if (!now.can_be_told()) fail("more barriers or blocks than the check for races can count");
   const Conflict with = note(*range, from - range->begin, size, writes, now);
@@ -234,10 +239,9 @@ void multiply_tf32(float* c, const uint32_t* words) { multiply<8, 1, as_tf32>(c,
 void copy(uint32_t shared, const void* global, int bytes, int wanted) {
   char* to = arena + (int32_t)shared;
   Fiber& self = me();
-  access(to, bytes, true, __builtin_return_address(0));
-  if ((uintptr_t)to % bytes || (wanted && (uintptr_t)global % bytes))
-    fail("an asynchronous copy of %d bytes from %p to %p, which is no multiple of it", bytes, global,
-         (void*)to);
+  access(to, bytes, true, __builtin_return_address(0), bytes);
+  if (wanted && (uintptr_t)global % bytes)
+    fail("an asynchronous copy of %d bytes from %p, which is no multiple of it", bytes, global);
   if (self.count == MOST_COPIES) fail("more than %d asynchronous copies without a wait", MOST_COPIES);
   memset(to, POISON, bytes);
   self.copies[self.count++] = {to, (const char*)global, wanted, bytes - wanted, self.group};
@@ -291,13 +295,13 @@ extern "C" __attribute__((visibility("default"))) void cuda_on_cpu_launch(
   snprintf(told, room, "%s", message);
 }
 
-// What the compiler calls at every access (-fsanitize=thread) and where it finds an access that is not
-// aligned or an index outside of its array. With these no library of the sanitizers is needed.
+// What the compiler calls at every access (-fsanitize=thread) and where it finds an index outside of
+// its array (-fsanitize=bounds). With these no library of the sanitizers is needed.
 #define HOOK extern "C" __attribute__((visibility("hidden"))) void
 #define HERE __builtin_return_address(0)
 #define ACCESSES(SIZE)                                                                                \
-  HOOK __tsan_read##SIZE(const void* at) { access(at, SIZE, false, HERE); }                           \
-  HOOK __tsan_write##SIZE(void* at) { access(at, SIZE, true, HERE); }                                 \
+  HOOK __tsan_read##SIZE(const void* at) { access(at, SIZE, false, HERE, SIZE); }                     \
+  HOOK __tsan_write##SIZE(void* at) { access(at, SIZE, true, HERE, SIZE); }                           \
   HOOK __tsan_unaligned_read##SIZE(const void* at) { access(at, SIZE, false, HERE); }                 \
   HOOK __tsan_unaligned_write##SIZE(void* at) { access(at, SIZE, true, HERE); }
 ACCESSES(1)
@@ -320,9 +324,6 @@ HOOK __tsan_func_entry(void*) {}
 HOOK __tsan_func_exit() {}
 HOOK __tsan_init() {}
 struct Place { const char* file; unsigned line, column; };
-HOOK __ubsan_handle_type_mismatch_v1(const Place* place, uintptr_t address) {
-  fail("%s:%u: an access to %p, which is null or not aligned", place->file, place->line, (void*)address);
-}
 HOOK __ubsan_handle_out_of_bounds(const Place* place, intptr_t index) {
   fail("%s:%u: the index %td is outside of its array", place->file, place->line, index);
 }
