@@ -26,7 +26,7 @@ from svp_peft.errors import (
 from svp_peft.heads import head_from_tensors
 from svp_peft.patch import build_adapter
 from svp_peft.prompters import SVPAdapter
-from svp_peft.state import SVPState, module_path, roles_of
+from svp_peft.state import SVPState, module_path, plain_path, roles_of
 
 logger = logging.getLogger(__name__)
 
@@ -157,9 +157,11 @@ def head_shapes(contents: AdapterContents) -> Shapes:
 
 
 def base_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """The model's parameters without those of adapters."""
+    """The model's parameters without those of adapters, by the names they have unwrapped."""
     return {
-        name: tensor for name, tensor in model.named_parameters() if not name.startswith("svp.")
+        plain_path(name): tensor
+        for name, tensor in model.named_parameters()
+        if not name.startswith("svp.")
     }
 
 

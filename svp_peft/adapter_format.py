@@ -38,6 +38,7 @@ from svp_peft.adapter_config import (
 )
 from svp_peft.errors import AdapterConfigError, AdapterKeyError, AdapterWeightsError
 from svp_peft.serialise import assemble, pack
+from svp_peft.state import plain_path
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 
@@ -47,7 +48,6 @@ UNUSED_SCALE_ROWS = "released.unused_scale_rows"
 _DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _MAX_HEADER = 100_000_000  # the limit of the safetensors library itself
 # wrappers of a model whose names end up in its state_dict's keys
-_WRAPPERS_ANYWHERE = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 _WRAPPERS_IN_FRONT = ("module.", "base_model.model.")
 
 
@@ -210,7 +210,7 @@ def parse_weights(data: bytes, where: str) -> tuple[dict[str, str], dict[str, Te
 
 def plain_key(key: str) -> str:
     """`key` without what DDP, torch.compile, FSDP or peft put in front of it."""
-    key = ".".join(part for part in key.split(".") if part not in _WRAPPERS_ANYWHERE)
+    key = plain_path(key)
     while key.startswith(_WRAPPERS_IN_FRONT):
         for prefix in _WRAPPERS_IN_FRONT:
             key = key.removeprefix(prefix)

@@ -40,6 +40,7 @@ from svp_peft.state import (
     copy_tensors,
     module_path,
     patched_model,
+    plain_path,
     roles_of,
     set_module,
     svp_of,
@@ -114,8 +115,8 @@ def remove_svp(model: nn.Module) -> nn.Module:
         remove_hooks(module, svp)
     del model.svp
     for path, parameter in model.named_parameters():
-        if path in svp.requires_grad_before:
-            parameter.requires_grad_(svp.requires_grad_before[path])
+        if plain_path(path) in svp.requires_grad_before:
+            parameter.requires_grad_(svp.requires_grad_before[plain_path(path)])
     return outer
 
 
@@ -226,7 +227,9 @@ def attach(
         modules: the adapter's own modules by role. A role of the config that is missing here is
             trained in the object that the model has, and a frozen copy is kept for the base.
     """
-    svp = SVPState(spec, {path: p.requires_grad for path, p in model.named_parameters()})
+    # blocks may be wrapped before it ends, for example to recompute their activations
+    before = {plain_path(path): p.requires_grad for path, p in model.named_parameters()}
+    svp = SVPState(spec, before)
     bases = {
         role: copy.deepcopy(model.get_submodule(module_path(spec, role)))
         for role in roles_of(spec, adapter.config)

@@ -18,6 +18,8 @@ from svp_peft.config import BASE_ADAPTER, SVPConfig
 from svp_peft.errors import AdapterNameError, NotAppliedError
 from svp_peft.prompters import NamedModules, SVPAdapter, simam
 
+_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+
 
 class Routing(Protocol):
     """What `svp_peft.route` puts in place of the active adapter; see routing.py."""
@@ -219,6 +221,11 @@ def roles_of(spec: BackboneSpec, config: SVPConfig) -> tuple[str, ...]:
 def module_path(spec: BackboneSpec, role: str) -> str:
     """Path in the model of an entry of `modules_to_save`: "head" is wherever the head is."""
     return spec.head if role == "head" and spec.head is not None else role
+
+
+def plain_path(path: str) -> str:
+    """`path` without what torch.compile, FSDP and activation checkpointing put in between."""
+    return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
 
 
 def set_module(model: nn.Module, path: str, module: nn.Module) -> None:

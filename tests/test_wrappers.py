@@ -1,5 +1,6 @@
 """A patched model inside what training and deployment put around it; DDP is in test_patch.py."""
 
+import copy
 import io
 import os
 import subprocess
@@ -9,12 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointWrapper,
+    apply_activation_checkpointing,
+)
 
+from svp_peft.adapter_file import load_adapter, save_adapter
 from svp_peft.adapters import disable_adapter, set_adapter
 from svp_peft.config import SVPConfig
 from svp_peft.patch import apply_svp, remove_svp
 from svp_peft.vim import VisionMamba
-from tests.lookalikes import VimLike
+from tests.lookalikes import MapBlock, SplitBlock, VimLike, VMambaLike
 
 CONFIG = SVPConfig(inner_bottleneck=4, cross_group_size=2)
 
@@ -111,6 +117,38 @@ def test_the_built_in_vim_exports_with_any_batch_size_and_survives_saving():
         torch.testing.assert_close(exported(images), expected, rtol=1e-4, atol=1e-5)
         three = exported(torch.cat((images, images[:1])))
         torch.testing.assert_close(three[:2], expected, rtol=1e-4, atol=1e-5)
+
+
+def recompute_blocks(model: nn.Module, kind: type[nn.Module]) -> None:
+    apply_activation_checkpointing(model, check_fn=lambda module: type(module) is kind)
+
+
+@pytest.mark.parametrize("first", ["patch", "wrap"])
+@pytest.mark.parametrize(("build", "kind"), [(VimLike, SplitBlock), (VMambaLike, MapBlock)])
+def test_blocks_wrapped_by_activation_checkpointing_are_patched_saved_and_freed(
+    first, build, kind, tmp_path
+):
+    model, images = build().eval(), torch.randn(2, 3, 16, 16)
+    plain, base = copy.deepcopy(model), model(images)
+    if first == "wrap":
+        recompute_blocks(model, kind)
+    apply_svp(model, CONFIG)
+    if first == "patch":
+        recompute_blocks(model, kind)
+    for parameter in model.svp.adapter.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    assert all(type(model.get_submodule(p)) is CheckpointWrapper for p in model.svp.spec.blocks)
+    logits = model(images)
+    logits.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.svp.adapter.parameters())
+    save_adapter(model, tmp_path)
+    # the base model that is not wrapped is the same one, and so is the other way round
+    load_adapter(plain, tmp_path, check_base_model="error")
+    assert torch.equal(plain(images), logits)
+    load_adapter(model, tmp_path, adapter_name="again", check_base_model="error")
+    remove_svp(model)
+    assert torch.equal(model(images), base)
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 FSDP_WORKER = """

@@ -187,9 +187,14 @@ def _blocks(module: nn.Module, name: str, *attributes: str) -> list[nn.Module] |
         return None
     blocks = list(stack)
     for block in blocks:
-        if any(block._modules.get(attribute) is None for attribute in attributes):
+        if any(_inside(block)._modules.get(attribute) is None for attribute in attributes):
             return None
     return blocks
+
+
+def _inside(block: nn.Module) -> nn.Module:
+    """The block itself, where PyTorch's activation checkpointing is wrapped around it."""
+    return block._modules.get("_checkpoint_wrapped_module") or block
 
 
 def _stages(path: str, module: nn.Module, name: str, attribute: str) -> tuple[str, ...] | None:
@@ -203,6 +208,6 @@ def _stages(path: str, module: nn.Module, name: str, attribute: str) -> tuple[st
         if not isinstance(blocks, (nn.ModuleList, nn.Sequential)):
             continue
         for block_name, block in blocks._modules.items():
-            if block is not None and block._modules.get(attribute) is not None:
+            if block is not None and _inside(block)._modules.get(attribute) is not None:
                 paths.append(join(path, name, stage_name, "blocks", block_name))
     return tuple(paths) or None

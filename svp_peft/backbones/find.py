@@ -36,13 +36,14 @@ def find_backbone(model: nn.Module, spec: BackboneSpec | None = None) -> Backbon
     if len(found) == 1:
         complete = _complete(model, found[0])
         logger.info(
-            "%s recognised as family %r: %d blocks of width %s at %r, class tokens %s",
+            "%s recognised as family %r: %d blocks of width %s at %r, class tokens %s, head %r",
             type(model).__name__,
             complete.family,
             complete.depth,
             sorted(set(complete.widths)),
             complete.owner,
             complete.class_tokens,
+            complete.head,
         )
         return complete
     if found:
