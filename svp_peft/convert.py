@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from svp_peft.adapter_build import check_contents
 from svp_peft.adapter_config import AdapterInfo
 from svp_peft.adapter_file import count_classes
-from svp_peft.adapter_format import UNUSED_SCALE_ROWS, encode
+from svp_peft.adapter_format import UNUSED_SCALE_ROWS, encode, plain_key
 from svp_peft.adapter_store import HubOptions, read_adapter, write_folder
 from svp_peft.base_model import base_arch, base_fingerprint
 from svp_peft.config import SVPConfig
@@ -151,7 +151,8 @@ def export_svp_checkpoint(
     state = _released_state(tensors)
     if base is not None:
         own = base.state_dict() if isinstance(base, nn.Module) else base
-        kept = {k: t for k, t in own.items() if not k.startswith(("svp.", "head."))}
+        plain = {plain_key(key): tensor for key, tensor in own.items()}
+        kept = {k: t for k, t in plain.items() if not k.startswith(("svp.", "head."))}
         state = {key: tensor.detach().cpu() for key, tensor in kept.items()} | state
     args = argparse.Namespace(
         shared_layers=config.cross_group_size,

@@ -155,6 +155,17 @@ def test_way_back_gives_every_trained_tensor_bit_for_bit(name, tmp_path):
     assert back["args"].input_relu == kwargs.get("input_relu", False)
 
 
+def test_the_base_of_the_way_back_may_be_patched_or_wrapped(tmp_path):
+    case = load_case("svp_d4_sl2_acts")
+    folder = convert_svp_checkpoint(checkpoint(case, tmp_path / "c.pth"), tmp_path / "adapter")
+    patched = load_adapter(backbone(case), folder)
+    for number, base in enumerate((patched, nn.DataParallel(patched), torch.compile(patched))):
+        target = export_svp_checkpoint(folder, tmp_path / f"{number}.pth", base=base)
+        back = load_pickle(target)["model"]
+        assert back.keys() == case.state.keys()
+        assert all(torch.equal(back[key], tensor) for key, tensor in case.state.items())
+
+
 @pytest.mark.parametrize("backwards", [False, True])
 def test_classes_of_a_two_layer_head_do_not_depend_on_the_order_of_its_tensors(
     backwards, tmp_path, capsys
