@@ -26,12 +26,12 @@ from torch import Tensor, nn
 from svp_peft.adapter_build import check_contents
 from svp_peft.adapter_config import AdapterInfo
 from svp_peft.adapter_file import count_classes
-from svp_peft.adapter_format import UNUSED_SCALE_ROWS, encode, plain_key
+from svp_peft.adapter_format import UNUSED_SCALE_ROWS, AdapterContents, encode, plain_key
 from svp_peft.adapter_store import HubOptions, read_adapter, write_folder
 from svp_peft.base_model import base_arch, base_fingerprint
 from svp_peft.config import SVPConfig
 from svp_peft.download import library_version
-from svp_peft.errors import CheckpointError, InputError
+from svp_peft.errors import BaseModelMismatchError, CheckpointError, InputError
 from svp_peft.vim.files import load_pickle, read_checkpoint
 
 # RELEASED CODE: models_mamba.py:308 makes the scale 24 rows high whatever the depth.
@@ -136,6 +136,7 @@ def export_svp_checkpoint(
 
     Raises:
         InputError: the released code cannot express the adapter.
+        BaseModelMismatchError: `base` is of another geometry than the adapter's base model.
         CheckpointError: the file cannot be written.
         Otherwise as `load_adapter` for the adapter's files.
     """
@@ -153,6 +154,7 @@ def export_svp_checkpoint(
         own = base.state_dict() if isinstance(base, nn.Module) else base
         plain = {plain_key(key): tensor for key, tensor in own.items()}
         kept = {k: t for k, t in plain.items() if not k.startswith(("svp.", "head."))}
+        _check_base(kept, contents)
         state = {key: tensor.detach().cpu() for key, tensor in kept.items()} | state
     args = argparse.Namespace(
         shared_layers=config.cross_group_size,
@@ -172,6 +174,21 @@ def export_svp_checkpoint(
     finally:
         temporary.unlink(missing_ok=True)
     return target
+
+
+def _check_base(base: Mapping[str, Tensor], contents: AdapterContents) -> None:
+    depth, d_model = contents.tensors["svp.beta"].shape
+    found = base_arch(base, [f"layers.{i}" for i in range(depth)], [d_model] * depth, "middle")
+    wrong = [
+        f"{key} {found.get(key)!r} (the adapter needs {value!r})"
+        for key, value in contents.info.base_arch.items()
+        if found.get(key) != value
+    ]
+    if wrong:
+        raise BaseModelMismatchError(
+            f"{contents.where} does not fit the base, which has {', '.join(wrong)}. Pass the Vim "
+            "that the adapter was trained on, or base=None to write the trained tensors alone."
+        )
 
 
 def _read(path: Path, use_ema: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -159,11 +159,20 @@ def test_the_base_of_the_way_back_may_be_patched_or_wrapped(tmp_path):
     case = load_case("svp_d4_sl2_acts")
     folder = convert_svp_checkpoint(checkpoint(case, tmp_path / "c.pth"), tmp_path / "adapter")
     patched = load_adapter(backbone(case), folder)
-    for number, base in enumerate((patched, nn.DataParallel(patched), torch.compile(patched))):
-        target = export_svp_checkpoint(folder, tmp_path / f"{number}.pth", base=base)
+    for model in (patched, nn.DataParallel(patched), torch.compile(patched)):
+        target = export_svp_checkpoint(folder, tmp_path / "back.pth", base=model)
         back = load_pickle(target)["model"]
         assert back.keys() == case.state.keys()
         assert all(torch.equal(back[key], tensor) for key, tensor in case.state.items())
+
+
+def test_another_base_is_no_way_back(tmp_path):
+    case = load_case("svp_d4_sl2_acts")
+    folder = convert_svp_checkpoint(checkpoint(case, tmp_path / "c.pth"), tmp_path / "adapter")
+    for other in (base(), {"layers.0.norm.weight": torch.ones(32)}):
+        with pytest.raises(BaseModelMismatchError, match=r"block_parameters \d+ \(the adapter"):
+            export_svp_checkpoint(folder, tmp_path / "back.pth", base=other)
+    assert not (tmp_path / "back.pth").exists()
 
 
 @pytest.mark.parametrize("backwards", [False, True])
