@@ -223,7 +223,9 @@ def evidence_report(file: Path) -> str:
             parts += [f"## {title}", accuracy_table(shown, first="")]
             if value == GROUP_SIZE:
                 parts.append(middle_is_best(shown))
-    parts += ["## Learning rates chosen on validation", rates_table(compared)]
+    searched = any(row["phase"] == "search" for row in raw["rows"])
+    how = "chosen on validation" if searched else "given, not searched for"
+    parts += [f"## Learning rates, {how}", rates_table(compared)]
     anchors = [row for row in raw["rows"] if row["phase"] == "anchor"]
     if anchors:
         parts += ["## The authors' settings", anchors_table(anchors)]

@@ -122,8 +122,17 @@ def test_an_evidence_file_gives_every_table(tmp_path: Path):
     assert ablation[4].startswith("| 1 | 1.0 | 80.0")
     assert ablation[5].startswith("| 4 | 1.0 | 90.0")
     assert "Best here: 4; it holds here: no." in text
+    assert "## Learning rates, chosen on validation" in text
     assert "| svp, lr 0.006 | 96.3 |" in text
     assert "| linear | 0.002 | 0.002 |" in text
+
+
+def test_learning_rates_that_were_not_searched_for_are_not_said_to_be_chosen(tmp_path: Path):
+    file = evidence_file(tmp_path / "evidence.json")
+    raw = json.loads(file.read_text())
+    raw["rows"] = [row for row in raw["rows"] if row["phase"] != "search"]
+    file.write_text(json.dumps(raw))
+    assert "## Learning rates, given, not searched for" in report.main([str(file)])
 
 
 def test_the_report_goes_between_the_markers_of_a_page(tmp_path: Path):
