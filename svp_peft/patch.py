@@ -61,7 +61,8 @@ def apply_svp(
 
     Call it before `torch.compile`, before wrapping in DDP and before building the optimizer.
     The prompters are float32 (float64 in a float64 model), whatever the model's precision; the
-    head keeps the model's. Until training the model computes bit for bit what it did before.
+    head keeps the model's. Until training the model computes bit for bit what it computes when
+    frozen without SVP.
 
     Args:
         config: see `SVPConfig`; None takes the defaults.
