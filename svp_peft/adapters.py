@@ -18,11 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from svp_peft.adapter_tensors import (
-    PreparedAdapter,
     adapter_state,
     base_module,
     check_new_name,
-    copy_into_adapter,
     give_originals_back,
     install_adapter,
     parameters_of,
@@ -46,25 +44,6 @@ from svp_peft.state import (
     svp_of,
     use_modules_of,
 )
-
-__all__ = [
-    "ModelStatus",
-    "PreparedAdapter",
-    "adapter_state",
-    "add_adapter",
-    "average_adapters",
-    "copy_into_adapter",
-    "count_parameters",
-    "delete_adapter",
-    "disable_adapter",
-    "get_model_status",
-    "install_adapter",
-    "list_adapters",
-    "merge_and_unload",
-    "prepare_adapter",
-    "print_trainable_parameters",
-    "set_adapter",
-]
 
 
 @dataclass(frozen=True)

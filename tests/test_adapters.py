@@ -9,18 +9,20 @@ import torch
 from torch import nn
 
 from svp_peft.adapter_file import save_adapter
-from svp_peft.adapters import (
+from svp_peft.adapter_tensors import (
     adapter_state,
+    copy_into_adapter,
+    install_adapter,
+    prepare_adapter,
+)
+from svp_peft.adapters import (
     add_adapter,
     average_adapters,
-    copy_into_adapter,
     delete_adapter,
     disable_adapter,
     get_model_status,
-    install_adapter,
     list_adapters,
     merge_and_unload,
-    prepare_adapter,
     print_trainable_parameters,
     set_adapter,
 )

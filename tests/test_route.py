@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from svp_peft import routing
+from svp_peft.adapter_tensors import adapter_state
 from svp_peft.adapters import (
-    adapter_state,
     add_adapter,
     delete_adapter,
     disable_adapter,

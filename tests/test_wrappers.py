@@ -157,9 +157,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from svp_peft.adapter_file import hotswap_adapter, load_adapter, save_adapter
-from svp_peft.adapters import (
-    adapter_state, add_adapter, average_adapters, disable_adapter, set_adapter
-)
+from svp_peft.adapter_tensors import adapter_state
+from svp_peft.adapters import add_adapter, average_adapters, disable_adapter, set_adapter
 from svp_peft.hub import push_to_hub
 from svp_peft.errors import InputError
 from svp_peft.config import SVPConfig
