@@ -15,7 +15,7 @@ from svp_peft.adapter_config import CONFIG_NAME, AdapterInfo
 from svp_peft.adapter_format import UNUSED_SCALE_ROWS, AdapterContents, check_values
 from svp_peft.adapter_tensors import PreparedAdapter, base_module, prepare_adapter
 from svp_peft.backbones import BackboneSpec
-from svp_peft.base_model import base_arch, base_fingerprint
+from svp_peft.base_model import base_arch, base_fingerprint, differences
 from svp_peft.errors import (
     AdapterConfigError,
     AdapterKeyError,
@@ -52,11 +52,7 @@ def check_base(
     """Raise or warn unless `model` is the base model the adapter was trained on."""
     info, parameters = contents.info, base_parameters(model)
     found = base_arch(parameters, spec.blocks, spec.widths, spec.class_tokens)
-    wrong = [
-        f"{key} {found.get(key)!r} (the adapter needs {value!r})"
-        for key, value in info.base_arch.items()
-        if found.get(key) != value
-    ]
+    wrong = differences(found, info.base_arch)
     named = info.svp.base_model_name_or_path
     hint = f"It was trained on {named}." if named else "The file does not name its base model."
     if wrong:

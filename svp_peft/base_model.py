@@ -53,6 +53,16 @@ def base_arch(
     return arch
 
 
+def differences(found: Mapping[str, Any], needed: Mapping[str, Any]) -> list[str]:
+    """What of the geometry `needed` by an adapter a model with the geometry `found` does not have,
+    for messages that begin "does not fit this model, which has"."""
+    return [
+        f"{key} {found.get(key)!r} (the adapter needs {value!r})"
+        for key, value in needed.items()
+        if found.get(key) != value
+    ]
+
+
 def base_fingerprint(
     parameters: Mapping[str, Tensor], blocks: Sequence[str], exclude: Sequence[str] = ()
 ) -> str:

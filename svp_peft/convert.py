@@ -28,7 +28,7 @@ from svp_peft.adapter_config import AdapterInfo
 from svp_peft.adapter_file import count_classes
 from svp_peft.adapter_format import UNUSED_SCALE_ROWS, AdapterContents, encode, plain_key
 from svp_peft.adapter_store import HubOptions, read_adapter, write_folder
-from svp_peft.base_model import base_arch, base_fingerprint
+from svp_peft.base_model import base_arch, base_fingerprint, differences
 from svp_peft.config import SVPConfig
 from svp_peft.download import library_version
 from svp_peft.errors import BaseModelMismatchError, CheckpointError, InputError
@@ -179,11 +179,7 @@ def export_svp_checkpoint(
 def _check_base(base: Mapping[str, Tensor], contents: AdapterContents) -> None:
     depth, d_model = contents.tensors["svp.beta"].shape
     found = base_arch(base, [f"layers.{i}" for i in range(depth)], [d_model] * depth, "middle")
-    wrong = [
-        f"{key} {found.get(key)!r} (the adapter needs {value!r})"
-        for key, value in contents.info.base_arch.items()
-        if found.get(key) != value
-    ]
+    wrong = differences(found, contents.info.base_arch)
     if wrong:
         raise BaseModelMismatchError(
             f"{contents.where} does not fit the base, which has {', '.join(wrong)}. Pass the Vim "
