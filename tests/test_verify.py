@@ -39,6 +39,15 @@ def test_a_wrong_class_token_is_found_by_where_its_parameter_goes():
         verify_backbone(VimLike("middle"), torch.randn(2, 3, 16, 16), backbone=spec)
 
 
+def test_positions_given_by_hand_may_be_of_other_tokens_besides_the_class_token():
+    spec = BackboneSpec(blocks="layers", class_tokens=(3, 8))
+    report = verify_backbone(VimLike("middle"), torch.randn(2, 3, 16, 16), backbone=spec)
+    assert report.unprompted[0] == (3, 8)
+    spec = BackboneSpec(blocks="layers", class_tokens=(3, 7))
+    with pytest.raises(BackboneNotSupportedError, match=r"class_tokens=\(8,\)"):
+        verify_backbone(VimLike("middle"), torch.randn(2, 3, 16, 16), backbone=spec)
+
+
 def test_blocks_that_do_not_run_are_named():
     model = VimLike()
     model.layers.append(nn.Identity())
