@@ -48,11 +48,11 @@ def verify_backbone(
     Proves that a fresh adapter changes no bit of the output, that every block runs and gets
     prompts once its scales are not zero and that these reach the output, and that the tokens
     without prompts are exactly those that the model's class token parameters end up in: these are
-    changed for a moment to see where. (Positions that `backbone` lists may be more than these: there
-    may be registers.) The model runs up to five times, in eval mode, without
-    gradients and with the same random numbers each time. All runs are frozen as `apply_svp` leaves
-    the model: PyTorch multiplies by weights that require gradients in another order, which shows
-    in the last bits.
+    changed for a moment to see where. Positions that `backbone` lists may be more, for registers.
+
+    The model runs up to five times, in eval mode, without gradients and with the same random
+    numbers each time. All runs are frozen as `apply_svp` leaves the model: PyTorch multiplies by
+    weights that require gradients in another order, which shows in the last bits.
 
     Args:
         images: a batch as the model takes it, or a tuple of its positional arguments.
