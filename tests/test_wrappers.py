@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.distributed import fsdp
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     CheckpointWrapper,
     apply_activation_checkpointing,
@@ -233,6 +234,9 @@ os._exit(0)
 """
 
 
+@pytest.mark.skipif(
+    not hasattr(fsdp, "fully_shard"), reason="the first releases of FSDP2 need GPUs"
+)
 def test_fsdp2_with_two_processes_trains_switches_disables_saves_and_swaps(tmp_path):
     root = Path(__file__).parent.parent
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
