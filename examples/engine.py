@@ -136,6 +136,9 @@ def run_suite(
             left_out.append(dataset)
             logger.error("%s is left out: %s", dataset, error)
             accelerator.free_memory()
+    # together: a process must not take down its connections while another still uses them
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
     if left_out:
         raise DataError(
             f"{len(left_out)} of {len(rows)} data sets left out, for the reasons above: "

@@ -700,8 +700,11 @@ for _ in range(3):
 with torch.no_grad():
     single = torch.cat([p.flatten() for p in model.parameters()])
 torch.testing.assert_close(trained, single, rtol=1e-4, atol=1e-5)
+# Leave together and past the interpreter's end, where gloo may still have a thread to join.
+dist.barrier()
 dist.destroy_process_group()
-print("agreed")
+print("agreed", flush=True)
+os._exit(0)
 """
 
 
@@ -721,3 +724,4 @@ def test_ddp_with_two_processes_trains_like_one_without_unused_parameters(tmp_pa
     ]
     outputs = [worker.communicate(timeout=250)[0] for worker in workers]
     assert [output.strip().splitlines()[-1] for output in outputs] == ["agreed"] * 2, outputs
+    assert [worker.returncode for worker in workers] == [0, 0], outputs
