@@ -243,7 +243,7 @@ def test_naming_the_backend_raises_the_reason_where_auto_falls_back(
     with pytest.raises(BackendError, match="apt install g"):
         backends.choose("cpu", CPU, torch.float32)
     with pytest.raises(RuntimeError, match="not loaded"):
-        loader.library()
+        loader.loaded()
 
 
 def test_the_flags_follow_the_instruction_set_that_pytorch_uses(

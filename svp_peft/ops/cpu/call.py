@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from svp_peft.errors import InputError
-from svp_peft.ops.cpu.loader import library
+from svp_peft.ops.cpu.loader import loaded
 
 
 class Call:
@@ -58,7 +58,7 @@ class Call:
         """Call the kernel; it returns when its work is done. `factor` is its one float argument."""
         count = len(self._fields)
         struct = (ctypes.c_int64 * count)(*self._fields)
-        refused = getattr(library(), name)(struct, ctypes.c_int64(count), ctypes.c_double(factor))
+        refused = getattr(loaded(), name)(struct, ctypes.c_int64(count), ctypes.c_double(factor))
         if refused == 1:
             raise RuntimeError(f"{name} does not take {count} fields")
         if refused:

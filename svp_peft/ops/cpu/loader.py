@@ -48,8 +48,8 @@ class CannotBuild(Exception):
     """Why there are no C++ kernels, and what to install, in one or two sentences."""
 
 
-def library() -> ctypes.CDLL:
-    """The loaded library. Call it only where `reason()` is None."""
+def loaded() -> ctypes.CDLL:
+    """The library of the kernels. Call it only where `reason()` is None."""
     if reason() is not None or _library is None:
         raise RuntimeError(f"the C++ kernels are not loaded: {_reason}")
     return _library
