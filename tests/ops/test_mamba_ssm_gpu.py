@@ -12,7 +12,7 @@ import torch
 
 from svp_peft import ops
 from svp_peft.ops import mamba_ssm
-from tests.ops.cuda_cases import error, map_tensors, scan_case, scan_truth
+from tests.ops.cuda_cases import Case, error, map_tensors, scan_case, scan_truth
 from tests.ops.test_compositions import gradients, named_leaves
 from tests.ops.test_mamba_ssm import _mixer_weights
 
@@ -23,6 +23,12 @@ pytestmark = [
 ]
 
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2.5e-3}
+
+# The gradient of A is that of exp(delta A) h_{t-1}, and with one token h_0 = 0: the truth is zero.
+# mamba-ssm takes exp(delta A) h_{t-1} as h_t - (delta u) B, with h_t a rounded float32: where the
+# compiler makes one fused multiply-add of it, half an ulp of h_t is left, 2^-24. Four times that,
+# because delta is rounded too.
+_RESIDUE = 2.0**-22
 
 
 @pytest.fixture(autouse=True)
@@ -45,19 +51,32 @@ def test_scan_is_right_with_every_gradient(options: dict, length: int, dtype: to
     true_out, true_y, truth = scan_truth(case)
     leaves = map_tensors(case.arguments, lambda t: t.detach().requires_grad_())
     out, y = ops.scan(*leaves, **case.options, backend="mamba_ssm")
-    assert error(out, true_out) < BOUNDS[dtype]
-    assert error(y, true_y) < BOUNDS[dtype]
+    assert error(out, true_out) < BOUNDS[dtype], "out"
+    assert error(y, true_y) < BOUNDS[dtype], "y"
     out.backward(case.grad_out)
-    for leaf, expected in zip(leaves, truth.values(), strict=True):
+    for name, leaf, expected in zip(truth, leaves, truth.values(), strict=True):
         if leaf is None:
             continue
-        pairs = (
-            ((leaf, expected),)
-            if isinstance(leaf, torch.Tensor)
-            else zip(leaf, expected, strict=True)
-        )
-        for a, b in pairs:
-            assert (error(a.grad, b) < BOUNDS[dtype]) if b.any() else not a.grad.any()
+        single = isinstance(leaf, torch.Tensor)
+        pairs = ((leaf, expected),) if single else tuple(zip(leaf, expected, strict=True))
+        for k, (a, b) in enumerate(pairs):
+            if name == "dA" and length == 1:
+                assert not b.any()
+                excess = (a.grad.abs() / _cancelling_terms_of_dA(case, k)).max().item()
+                assert excess < _RESIDUE, f"{name}[{k}]: {excess}"
+            else:
+                assert error(a.grad, b) < BOUNDS[dtype], f"{name}[{k}]"
+
+
+def _cancelling_terms_of_dA(case: Case, k: int) -> torch.Tensor:
+    """What h_1 alone contributes to the gradient of A_log (d_inner, d_state), L = 1, absolute."""
+    u, dt, B, C, z, A_log, _, dt_weight, dt_bias = map_tensors(case.arguments, torch.Tensor.double)
+    delta = torch.nn.functional.softplus(dt[k] @ dt_weight[k].T + dt_bias[k])
+    grad_y = case.grad_out.double() * case.options["scale"]
+    if z is not None:
+        grad_y = grad_y * torch.nn.functional.silu(z)
+    terms = (grad_y * delta.square() * u[k])[..., None] * (B[k] * C[k])[:, :, None]
+    return terms.abs().sum((0, 1)) * A_log[k].exp()
 
 
 @pytest.mark.parametrize("dtype", BOUNDS)
