@@ -1,6 +1,8 @@
 """Measure SVP against nine other methods on seven small tasks: the numbers of docs/results.md.
 
     python examples/evidence.py --data-root ~/data --output runs/evidence.json      # one GPU
+    python examples/evidence.py --data-root ~/data --output runs/evidence.json \
+        --processes 14 --devices cuda:0 cuda:1                          # many cores, two GPUs
     python examples/evidence.py --data-root ~/data --tasks digits --methods svp linear \
         --seeds 0 --epochs 10 --rates 1 --no-ablations                              # a CPU
 
@@ -10,8 +12,10 @@ the other 200, then one run on all 1,000 per seed, tested once after its last ep
 decay 1e-4, batch 64, 40 epochs, 10% warm-up then a cosine to zero, label smoothing 0.1, drop path
 0.05, shifts of up to 4 pixels where the task allows them.
 
-The JSON file is rewritten after every method; the same command goes on from there. report.py turns
-it into the table and the plot.
+A round is one run on every task: a method at one learning rate, or with one seed. The JSON file is
+rewritten after every round; the same command goes on from there, with as many processes as it
+likes. They compute the same, but for what evidence_bench.py says about drop path. report.py turns
+the file into the table and the plot.
 """
 
 from __future__ import annotations
@@ -21,14 +25,14 @@ import json
 import math
 import os
 import time
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from evidence_bench import BATCH, VALIDATION, Bench, capture, new_bench, new_model, run_together
+from evidence_bench import VALIDATION
 from evidence_tasks import TASKS, Task, load_task
-from methods import METHODS, SVP_METHODS, trained_state
+from evidence_workers import Round, Rows, Settings, run_rounds
+from methods import METHODS, SVP_METHODS
 
 _SVP_RATES = (7e-4, 2e-3, 6e-3, 1.8e-2)
 RATES: dict[str, tuple[float, ...]] = {
@@ -48,102 +52,116 @@ ABLATIONS: dict[str, dict[str, int]] = {
 # what the authors' code was measured with: (task, training images), method, learning rate
 ANCHORS = (("linear", 1e-2), ("svp", 2e-3), ("svp", 6e-3), ("inner-only", 4e-3), ("full", 5e-4))
 ANCHOR_TASKS = {"digits": 300, "signs": 1000, "cifar10": 1000}
+PHASES = ("anchor", "search", "test")
+LABELS = (*METHODS, *ABLATIONS)
 
 
-def make_benches(
-    tasks: list[Task], method: str, options: dict[str, int], epochs: int, arguments: Any
-) -> list[Bench]:
-    device = torch.device(arguments.device)
-    steps = max(epochs * len(task.train_labels) // BATCH for task in tasks)
-    benches = [new_bench(task, method, options, steps, device) for task in tasks]
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        if not arguments.no_graphs:
-            for bench in benches:
-                capture(bench)
-    return benches
+# ---- what is to be run ---------------------------------------------------------------------------
 
 
-def initial_states(benches: list[Bench], method: str, options: dict, seed: int) -> list[dict]:
-    """What every bench starts from with this seed; tasks of as many classes start alike."""
-    by_classes = {
-        classes: {
-            n: p.clone()
-            for n, p in trained_state(new_model(method, classes, seed, options)).items()
-        }
-        for classes in {bench.task.num_classes for bench in benches}
+def ready(rows: Rows, arguments: argparse.Namespace) -> list[Round]:
+    """The rounds that have no rows yet and whose learning rates are known."""
+    rounds = []
+    if arguments.anchors != "none":
+        rounds += anchors(arguments.tasks)
+    if arguments.anchors != "only":
+        for method in arguments.methods:
+            rounds += rounds_of(rows, method, arguments)
+        # known once svp was tested, perhaps by an earlier command
+        rates = {r["task"]: r["lr"] for r in rows if (r["method"], r["phase"]) == ("svp", "test")}
+        for label, options in ABLATIONS.items():
+            if rates and not arguments.no_ablations:
+                rounds += tests(label, "svp", options, rates, arguments)
+    known = {(r["method"], r["phase"], r["seed"], r["task"], r["lr"]) for r in rows}
+    return [
+        r
+        for r in rounds
+        if not known.issuperset(
+            (r.label, r.phase, r.seed, task.split()[0], lr)
+            for task, lr in zip(r.tasks, r.rates, strict=True)
+        )
+    ]
+
+
+def anchors(tasks: list[str]) -> list[Round]:
+    """The settings that the authors' code was measured with, seed 0."""
+    names = tuple(f"{name} {count}" for name, count in ANCHOR_TASKS.items() if name in tasks)
+    return [
+        Round(method, method, {}, names, "anchor", 0, (lr,) * len(names))
+        for method, lr in ANCHORS
+        if names
+    ]
+
+
+def rounds_of(rows: Rows, method: str, arguments: argparse.Namespace) -> list[Round]:
+    """The search for learning rates and, once it is complete, one run per seed."""
+    tasks, grid = tuple(arguments.tasks), RATES[method]
+    # one rate asked for: the second, which is the middle one rounded down
+    grid = grid if arguments.rates >= len(grid) else grid[1 : 1 + arguments.rates]
+    if len(grid) == 1:
+        return tests(method, method, {}, dict.fromkeys(tasks, grid[0]), arguments)
+    found = {
+        (r["task"], r["lr"]): r["accuracy"]
+        for r in rows
+        if (r["method"], r["phase"]) == (method, "search")
     }
-    return [by_classes[bench.task.num_classes] for bench in benches]
+    search = [
+        Round(
+            *(method, method, {}, tasks, "search", 0, (lr,) * len(tasks)),
+            val=VALIDATION,
+            followed_by=len(arguments.seeds),
+        )
+        for lr in grid
+    ]
+    if not found.keys() >= {(task, lr) for task in tasks for lr in grid}:
+        return search
+    rates = {task: max(grid, key=lambda lr, task=task: found[task, lr]) for task in tasks}
+    return search + tests(method, method, {}, rates, arguments)
 
 
-def measure(
-    tasks: list[Task],
+def tests(
     label: str,
     method: str,
     options: dict[str, int],
-    rates: dict[str, float] | None,
-    arguments: Any,
-) -> list[dict[str, Any]]:
-    """Rows for one method: the search for learning rates, unless given, and one run per seed."""
-    benches = make_benches(tasks, method, options, arguments.epochs, arguments)
-    names = [task.name for task in tasks]
-    rows: list[dict[str, Any]] = []
-    starts = cache(lambda seed: initial_states(benches, method, options, seed))
-
-    def together(seed: int, lrs: list[float], val: int, phase: str) -> list[float]:
-        states = starts(seed)
-        started = time.perf_counter()
-        accuracies = run_together(benches, states, seed, lrs, arguments.epochs, val)
-        seconds = time.perf_counter() - started
-        for bench, lr, accuracy in zip(benches, lrs, accuracies, strict=True):
-            rows.append(
-                {
-                    "task": bench.task.name,
-                    "method": label,
-                    "phase": phase,
-                    "seed": seed,
-                    "lr": lr,
-                    "accuracy": accuracy,
-                    "trained_parameters": sum(p.numel() for p in bench.trained),
-                    "head_parameters": sum(p.numel() for p in bench.model.head.parameters()),
-                }
-            )
-        shown = "  ".join(f"{a:6.1%}" for a in accuracies)
-        print(f"{label:<14} {phase:<6} seed {seed}  {shown}  {seconds:6.1f} s", flush=True)
-        return accuracies
-
-    if rates is None:
-        grid = RATES[method]
-        # one rate asked for: the second, which is the middle one rounded down
-        grid = grid if arguments.rates >= len(grid) else grid[1 : 1 + arguments.rates]
-        if len(grid) == 1:
-            rates = dict.fromkeys(names, grid[0])
-        else:
-            found = [together(0, [lr] * len(tasks), VALIDATION, "search") for lr in grid]
-            rates = {}
-            for place, name in enumerate(names):
-                scores = [accuracies[place] for accuracies in found]
-                rates[name] = grid[scores.index(max(scores))]
-    for seed in arguments.seeds:
-        together(seed, [rates[name] for name in names], 0, "test")
-    return rows
+    rates: dict[str, float],
+    arguments: argparse.Namespace,
+) -> list[Round]:
+    tasks = tuple(arguments.tasks)
+    chosen = tuple(rates[task] for task in tasks)
+    return [Round(label, method, options, tasks, "test", seed, chosen) for seed in arguments.seeds]
 
 
-def measure_anchors(tasks: dict[str, Task], arguments: Any) -> list[dict[str, Any]]:
-    """The settings that the authors' code was measured with, seed 0."""
-    rows = []
-    for method in dict.fromkeys(method for method, _ in ANCHORS):
-        benches = make_benches(list(tasks.values()), method, {}, arguments.epochs, arguments)
-        states = initial_states(benches, method, {}, 0)
-        for lr in [lr for name, lr in ANCHORS if name == method]:
-            found = run_together(benches, states, 0, [lr] * len(tasks), arguments.epochs, 0)
-            for task, accuracy in zip(tasks.values(), found, strict=True):
-                rows.append(
-                    {"task": task.name, "method": method, "phase": "anchor", "seed": 0, "lr": lr}
-                    | {"accuracy": accuracy, "train_images": len(task.train_labels)}
-                )
-            print(f"anchor {method} {lr:g}  " + "  ".join(f"{a:6.1%}" for a in found), flush=True)
-    return rows
+def load(arguments: argparse.Namespace) -> dict[str, Task]:
+    """Every task by the name that rounds use: those of the anchors say how many images."""
+    tasks = {}
+    if arguments.anchors != "none":
+        for name, count in ANCHOR_TASKS.items():
+            if name in arguments.tasks:
+                tasks[f"{name} {count}"] = load_task(name, arguments.data_root, count)
+    if arguments.anchors != "only":
+        tasks |= {name: load_task(name, arguments.data_root) for name in arguments.tasks}
+    return tasks
+
+
+# ---- the file ------------------------------------------------------------------------------------
+
+
+def place(row: dict[str, Any]) -> tuple:
+    """Sorts rows: anchors, then method by method, whatever was finished first."""
+    phase = PHASES.index(row["phase"])
+    if row["phase"] == "anchor":
+        return 0, ANCHORS.index((row["method"], row["lr"]))
+    # within a test every task has its own rate
+    lr = 0.0 if row["phase"] == "test" else row["lr"]
+    return 1, LABELS.index(row["method"]), phase, row["seed"], lr
+
+
+def write(output: dict[str, Any], path: Path) -> None:
+    """A crash leaves the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(output, indent=0))
+    os.replace(partial, path)
 
 
 def main(command: list[str] | None = None) -> dict[str, Any]:
@@ -151,7 +169,8 @@ def main(command: list[str] | None = None) -> dict[str, Any]:
     add = parser.add_argument
     add("--data-root", type=Path, required=True, help="see evidence_tasks.py")
     add("--output", type=Path, default=Path("runs/evidence.json"))
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--devices", nargs="+", default=["cuda" if torch.cuda.is_available() else "cpu"])
+    add("--processes", type=int, default=1, help="a GPU has room for one on every core or so")
     add("--tasks", nargs="+", choices=TASKS, default=TASKS)
     add("--methods", nargs="+", choices=METHODS, default=METHODS)
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -160,13 +179,16 @@ def main(command: list[str] | None = None) -> dict[str, Any]:
     add("--no-ablations", action="store_true")
     add("--anchors", choices=["none", "first", "only"], default="none")
     add("--no-graphs", action="store_true", help="no CUDA graphs")
-    add("--limit-seconds", type=float, default=math.inf, help="begin no method after so long")
+    add("--limit-seconds", type=float, default=math.inf, help="begin no round after so long")
     arguments = parser.parse_args(command)
-    on_gpu = torch.device(arguments.device).type == "cuda"
-    if on_gpu:
-        torch.set_float32_matmul_precision("high")
+    if not 1 <= len(arguments.devices) <= arguments.processes:
+        parser.error(
+            f"{len(arguments.devices)} --devices need as many --processes, got "
+            f"{arguments.processes}: a process uses one device"
+        )
+    begun = time.monotonic()
 
-    output: dict[str, Any] = {"rows": [], "complete": [], "seconds": 0.0}
+    output: dict[str, Any] = {"rows": [], "seconds": 0.0}
     settings = {
         key: list(getattr(arguments, key)) if key in ("tasks", "seeds") else getattr(arguments, key)
         for key in ("tasks", "seeds", "epochs", "rates")
@@ -178,49 +200,40 @@ def main(command: list[str] | None = None) -> dict[str, Any]:
                 f"{arguments.output} was measured with {output['settings']}, now asked for "
                 f"{settings}. Use another --output."
             )
+    on_gpu = torch.device(arguments.devices[0]).type == "cuda"
     output["settings"] = settings
     output["torch"] = torch.__version__
-    output["device"] = torch.cuda.get_device_name(arguments.device) if on_gpu else "CPU"
-    started = time.perf_counter()
+    output["device"] = torch.cuda.get_device_name(arguments.devices[0]) if on_gpu else "CPU"
+    earlier = output["seconds"]
 
-    def finish(label: str, rows: list[dict[str, Any]], begun: float) -> None:
-        output["rows"] += rows
-        output["complete"].append(label)
-        output["seconds"] += time.perf_counter() - begun
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        partial = arguments.output.with_suffix(".partial")
-        partial.write_text(json.dumps(output, indent=0))
-        os.replace(partial, arguments.output)
+    def finished(done: Round, rows: Rows, seconds: float) -> None:
+        output["rows"] = sorted([*output["rows"], *rows], key=place)
+        output["seconds"] = earlier + time.monotonic() - begun
+        write(output, arguments.output)
+        what = f"seed {done.seed}" if done.phase == "test" else f"lr {done.rates[0]:g}"
+        shown = "  ".join(f"{row['accuracy']:6.1%}" for row in rows)
+        print(f"{done.label:<14} {done.phase:<6} {what:<10} {shown}  {seconds:6.1f} s", flush=True)
 
-    def pending(label: str) -> bool:
-        late = time.perf_counter() - started > arguments.limit_seconds
-        if late and label not in output["complete"]:
-            print(f"{label}: not begun, {arguments.limit_seconds:.0f} s are over", flush=True)
-        return label not in output["complete"] and not late
+    def open_rounds() -> list[Round]:
+        return ready(output["rows"], arguments)
 
-    known = [name for name in ANCHOR_TASKS if name in arguments.tasks]
-    if arguments.anchors != "none" and known and pending("anchors"):
-        begun = time.perf_counter()
-        anchors = {name: load_task(name, arguments.data_root, ANCHOR_TASKS[name]) for name in known}
-        finish("anchors", measure_anchors(anchors, arguments), begun)
-    if arguments.anchors == "only":
-        return output
-    tasks = [load_task(name, arguments.data_root) for name in arguments.tasks]
-    print(f"{'':<30}" + "  ".join(f"{task.name[:6]:>6}" for task in tasks), flush=True)
-    for method in arguments.methods:
-        if pending(method):
-            begun = time.perf_counter()
-            finish(method, measure(tasks, method, method, {}, None, arguments), begun)
-    chosen = {
-        row["task"]: row["lr"]
-        for row in output["rows"]
-        if row["method"] == "svp" and row["phase"] == "test"
-    }
-    ablations = {} if arguments.no_ablations or not chosen else ABLATIONS
-    for label, options in ablations.items():
-        if pending(label):
-            begun = time.perf_counter()
-            finish(label, measure(tasks, label, "svp", options, chosen, arguments), begun)
+    if open_rounds():
+        print(f"{'':<33}" + "  ".join(f"{name[:6]:>6}" for name in arguments.tasks), flush=True)
+        run_rounds(
+            open_rounds,
+            finished,
+            lambda: load(arguments),
+            Settings(
+                arguments.devices,
+                arguments.epochs,
+                not arguments.no_graphs,
+                arguments.processes,
+                begun + arguments.limit_seconds,
+            ),
+        )
+    if left := open_rounds():
+        names = ", ".join(dict.fromkeys(r.label for r in left))
+        print(f"{arguments.limit_seconds:.0f} s are over; the same command goes on with: {names}")
     print(f"{len(output['rows'])} runs, {output['seconds']:.0f} s: {arguments.output}")
     return output
 

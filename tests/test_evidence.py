@@ -2,10 +2,13 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import evidence
 import evidence_bench
+import evidence_workers
 import numpy as np
 import pytest
 import report
@@ -34,11 +37,29 @@ def few_digits() -> Task:
     )
 
 
+@pytest.fixture
+def some_digits(monkeypatch: pytest.MonkeyPatch) -> Task:
+    """264 training images, for batches and a validation split that no other process patches."""
+    task = load_task("digits", Path("unused"))
+    cut = replace(
+        task,
+        train_images=task.train_images[:264],
+        train_labels=task.train_labels[:264],
+        test_images=task.test_images[:50],
+        test_labels=task.test_labels[:50],
+    )
+    for module in (evidence_bench, evidence_workers):
+        monkeypatch.setattr(module, "BATCH", 64)
+    monkeypatch.setattr(evidence_bench, "EVAL_BATCH", 250)
+    monkeypatch.setattr(evidence, "load_task", lambda *_: cut)
+    return cut
+
+
 @pytest.fixture(autouse=True)
 def _small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evidence_bench, "BATCH", 8)
     monkeypatch.setattr(evidence_bench, "EVAL_BATCH", 8)
-    monkeypatch.setattr(evidence, "BATCH", 8)
+    monkeypatch.setattr(evidence_workers, "BATCH", 8)
 
 
 def test_the_report_puts_svp_itself_where_it_belongs_among_the_ablations():
@@ -138,24 +159,141 @@ def test_evaluation_counts_every_image_once_and_no_padding(few_digits: Task):
     assert bench.hits.item() == expected.item()
 
 
-def test_the_file_is_complete_after_every_method_and_goes_on(
+def command_for(folder: Path, *more: str) -> list[str]:
+    return [
+        *("--data-root", str(folder), "--output", str(folder / "e.json"), "--devices", "cpu"),
+        *("--tasks", "digits", "--methods", "linear", "--epochs", "1", "--rates", "2"),
+        *("--seeds", "0", "--no-ablations", *more),
+    ]
+
+
+def test_the_best_rate_is_tested_and_a_complete_file_is_left_alone(
     few_digits: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(evidence, "load_task", lambda *_: few_digits)
     monkeypatch.setattr(evidence, "VALIDATION", 4)
-    command = [
-        *("--data-root", str(tmp_path), "--output", str(tmp_path / "e.json"), "--device", "cpu"),
-        *("--tasks", "digits", "--methods", "linear", "--seeds", "0", "--epochs", "1"),
-        *("--rates", "2", "--no-ablations"),
-    ]
+    command = command_for(tmp_path)
     first = evidence.main(command)
     assert [row["phase"] for row in first["rows"]] == ["search", "search", "test"]
     best = max(first["rows"][:2], key=lambda row: row["accuracy"])
     assert first["rows"][2]["lr"] == best["lr"]
-    assert evidence.main(command)["rows"] == first["rows"]
-    assert json.loads((tmp_path / "e.json").read_text())["complete"] == ["linear"]
+    # the images are not even looked for
+    monkeypatch.setattr(evidence, "load_task", None)
+    assert evidence.main(command) == first
     with pytest.raises(SystemExit, match="Use another --output"):
         evidence.main([*command, "--epochs", "2"])
+
+
+def test_two_processes_measure_what_one_does(some_digits: Task, tmp_path: Path):
+    outputs = []
+    for processes in ("1", "2"):
+        folder = tmp_path / processes
+        command = command_for(folder, "--processes", processes, "--seeds", "0", "1")
+        outputs.append(evidence.main(command))
+        assert json.loads((folder / "e.json").read_text()) == outputs[-1]
+    assert outputs[0]["rows"] == outputs[1]["rows"]
+    assert len(outputs[0]["rows"]) == 4
+    assert {row["train_images"] for row in outputs[0]["rows"]} == {64, 264}
+
+
+class FakeRunner:
+    """Rounds that take ten seconds of a clock of their own, with made-up accuracies."""
+
+    clock = 0.0
+    seen: list[evidence_workers.Round]
+
+    def __init__(self, *_: object) -> None:
+        self.kept = None
+
+    def run(self, asked: evidence_workers.Round) -> tuple[list[dict], float]:
+        FakeRunner.clock += 10
+        FakeRunner.seen.append(asked)
+        row = {"method": asked.label, "phase": asked.phase, "seed": asked.seed}
+        # the higher the rate the better, up to 0.01
+        pairs = zip(asked.tasks, asked.rates, strict=True)
+        rows = [
+            row | {"task": task.split()[0], "lr": lr, "accuracy": lr if lr <= 0.01 else 0.0}
+            for task, lr in pairs
+        ]
+        return rows, 10.0
+
+
+@pytest.fixture
+def fake_runs(monkeypatch: pytest.MonkeyPatch) -> type[FakeRunner]:
+    FakeRunner.clock, FakeRunner.seen = 0.0, []
+    clock = SimpleNamespace(monotonic=lambda: FakeRunner.clock)
+    for module in (evidence, evidence_workers):
+        monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(evidence_workers, "Runner", FakeRunner)
+    monkeypatch.setattr(evidence, "load_task", lambda *_: None)
+    return FakeRunner
+
+
+def test_no_round_begins_after_the_limit_and_none_is_run_twice(
+    fake_runs: type[FakeRunner], tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    command = command_for(tmp_path, "--methods", "linear", "svp", "--rates", "4")
+    command.remove("--no-ablations")
+    command += ["--anchors", "first", "--tasks", "digits", "counting"]
+    stopped = evidence.main([*command, "--limit-seconds", "65"])
+    # five anchors, then two rates of a method's four
+    assert [r.phase for r in fake_runs.seen] == ["anchor"] * 5 + ["search"] * 2
+    assert "65 s are over; the same command goes on with: linear, svp" in capsys.readouterr().out
+    assert json.loads((tmp_path / "e.json").read_text()) == stopped
+    complete = evidence.main(command)
+    labels = [(r.label, r.phase, r.seed, r.rates) for r in fake_runs.seen]
+    assert len(set(labels)) == len(labels) == 5 + 2 * (4 + 1) + len(evidence.ABLATIONS)
+    # in one order, whatever was run first
+    assert complete["rows"] == sorted(complete["rows"], key=evidence.place)
+    tested = {(r["method"], r["lr"]) for r in complete["rows"] if r["phase"] == "test"}
+    assert tested == {("linear", 1e-2), ("svp", 6e-3)} | {(x, 6e-3) for x in evidence.ABLATIONS}
+    assert complete["seconds"] == 10 * len(fake_runs.seen)
+
+
+def test_a_file_of_whole_methods_goes_on_with_the_others(
+    fake_runs: type[FakeRunner], tmp_path: Path
+):
+    command = command_for(tmp_path)
+    evidence.main(command)
+    # as it was written before rounds were kept
+    raw = json.loads((tmp_path / "e.json").read_text()) | {"complete": ["linear"]}
+    (tmp_path / "e.json").write_text(json.dumps(raw))
+    fake_runs.seen.clear()
+    evidence.main([*command, "--methods", "linear", "full"])
+    assert [(r.label, r.phase) for r in fake_runs.seen] == [
+        *[("full", "search")] * 2,
+        ("full", "test"),
+    ]
+
+
+def test_workers_spread_over_methods_and_stay_with_theirs():
+    def rounds(label: str, phase: str, count: int) -> list[evidence_workers.Round]:
+        after = 3 if phase == "search" else 0
+        return [
+            evidence_workers.Round(label, label, {}, ("a",), phase, i, (1.0,), followed_by=after)
+            for i in range(count)
+        ]
+
+    ready = [*rounds("short", "test", 3), *rounds("long", "search", 4), *rounds("x", "search", 4)]
+    held = [r.benches for r in (ready[0], ready[3], ready[7])]
+    choose = evidence_workers.choose
+    assert choose(ready, None, []).label == "long"
+    assert choose(ready, None, [], [held[1]]).label == "x"
+    # 7 rounds for two workers are more than 3 for one
+    assert choose(ready, None, [], [held[1], held[2]]).label == "long"
+    assert choose(ready, None, [], [held[1], held[1], held[2], held[2]]).label == "short"
+    assert choose(ready, held[0], []).label == "short"
+    assert choose([*ready, *rounds("anchored", "anchor", 1)], None, []).phase == "anchor"
+
+
+def test_a_worker_that_ends_is_reported_and_its_round_is_not_lost(
+    some_digits: Task, tmp_path: Path
+):
+    command = command_for(tmp_path, "--processes", "2", "--rates", "1")
+    # nothing can be read from this device
+    with pytest.raises(SystemExit, match=r"a worker ended.*in progress: linear test.*same command"):
+        evidence.main([*command, "--devices", "meta"])
+    assert len(evidence.main([*command, "--devices", "cpu"])["rows"]) == 1
 
 
 @pytest.mark.parametrize("method", METHODS)
