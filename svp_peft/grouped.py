@@ -2,86 +2,298 @@
 
 On a GPU eight adapters on eight images each would be eight times as many kernels, each too small
 to fill it. Here images are laid out as (adapters, images, L, d_model), padded to the largest group,
-and every product is one batched product.
+and every product is one batched product: as many launches for eight adapters as for two.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from svp_peft.ops.casting import compute_dtype
 from svp_peft.ops.reference import positions_mask
 from svp_peft.prompters import SVPAdapter
 
-# padded images per image above which one product per adapter does less work
+# padded images per image above which one product per adapter does less work. The prompts are about
+# a tenth of a block's work, so that padding costs a tenth at most
 _MOST_PADDING = 2.0
 
+# elements of the weights that are laid out at once; a model of more is done in runs of blocks
+_MOST_WEIGHTS = 40_000_000
 
-def can_group(adapters: Sequence[SVPAdapter], sizes: Sequence[int], block: int) -> bool:
-    """Whether `prompt_grouped` can stand for one call per adapter, and is worth it.
+
+class _Weights(NamedTuple):
+    """One block's prompters, one after the other by adapter, in the dtype of the products."""
+
+    joint: Tensor
+    """[W | D], (adapters, d_model + bottleneck, d_model)."""
+    joint_bias: Tensor
+    """[b | c], (adapters, 1, d_model + bottleneck)."""
+    up: Tensor
+    """U, (adapters, d_model, bottleneck)."""
+    up_bias: Tensor
+    """d, (adapters, 1, d_model)."""
+    alpha: Tensor
+    """(adapters, 1, d_model), in the dtype of the parameters; so is beta."""
+    beta: Tensor
+
+
+class _Places(NamedTuple):
+    """Where images go and where they come back from; None where they already stand there."""
+
+    there: Tensor | None
+    back: Tensor | None
+    most: int
+
+
+class _Run(NamedTuple):
+    """The weights of some blocks in a row, as they were when the first of them was called."""
+
+    key: tuple[object, ...]
+    block: int
+    """That has been called last."""
+    weights: dict[int, _Weights]
+
+
+class GroupedPrompts:
+    """Prompts a batch whose rows belong to several adapters.
 
     Args:
-        sizes: images of each adapter.
+        groups: rows of each adapter, by name. Rows that are in none stay as they are.
+        rows: in the whole batch.
     """
-    first = adapters[0].config
-    alike = all(
-        block in adapter.layers
+
+    def __init__(self, groups: Mapping[str, Sequence[int]], rows: int) -> None:
+        self.groups, self.rows = dict(groups), rows
+        self._places: dict[tuple[object, ...], _Places] = {}
+        self._masks: dict[tuple[object, ...], Tensor] = {}
+        self._runs: dict[tuple[object, ...], dict[int, range]] = {}
+        self._run: _Run | None = None
+
+    def forget(self) -> None:
+        """Let go of what is known of adapters, and of weights of a pass that ended early."""
+        self._runs, self._run = {}, None
+
+    def prompting(self, adapters: Mapping[str, SVPAdapter], block: int) -> tuple[str, ...] | None:
+        """Names of the adapters that prompt this block; None where they are not to be grouped."""
+        found = tuple(name for name in self.groups if block in adapters[name].layers)
+        if len(found) < 2 or not _are_alike([adapters[name] for name in found], block):
+            return None
+        sizes = [len(self.groups[name]) for name in found]
+        return found if max(sizes) * len(sizes) <= _MOST_PADDING * sum(sizes) else None
+
+    def __call__(
+        self,
+        x: Tensor,
+        adapters: Mapping[str, SVPAdapter],
+        names: tuple[str, ...],
+        block: int,
+        skip: Sequence[int],
+    ) -> Tensor:
+        """Each row prompted by its own adapter; the formula is that of prompters.py.
+
+        Args:
+            x: tokens entering a block, float (rows, L, d_model), or several rows of tokens for
+                each of the rows in a row (windows).
+            names: what `prompting` gave for this block.
+            skip: positions of the class tokens, sorted, each in 0..L-1.
+
+        Returns:
+            Prompted tokens, of the shape and dtype of `x`; rows without a prompt bit for bit.
+        """
+        length, width = x.shape[1:]
+        places = self._places_of(names, x.shape[0] // self.rows, x.device)
+        sorted_rows = x if places.there is None else x.index_select(0, places.there)
+        tokens = sorted_rows.reshape(len(names), places.most * length, width)
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = compute_dtype(x)
+        else:
+            weight = _down(adapters[names[0]], block).weight
+            dtype = torch.promote_types(x.dtype, weight.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            weights = self._weights(adapters, names, block, dtype)
+            mask = self._mask(length, places.most, skip, x.device)
+            prompted = _prompted(tokens, weights, mask, dtype).view(sorted_rows.shape)
+            if places.back is None:
+                return prompted
+            if sum(len(self.groups[name]) for name in names) < self.rows:
+                prompted = torch.cat((prompted, x))
+            return prompted.index_select(0, places.back)
+
+    def _places_of(self, names: tuple[str, ...], repeat: int, device: torch.device) -> _Places:
+        key = (names, repeat, device)
+        known = self._places.get(key)
+        if known is not None:
+            return known
+        most = repeat * max(len(self.groups[name]) for name in names)
+        there: list[int] = []
+        back = [-1] * (self.rows * repeat)
+        for name in names:
+            own = [row * repeat + k for row in self.groups[name] for k in range(repeat)]
+            for place, row in enumerate(own, len(there)):
+                back[row] = place
+            there += own + own[:1] * (most - len(own))
+        # rows without a prompt come from behind the prompted ones
+        back = [row + len(there) if at < 0 else at for row, at in enumerate(back)]
+
+        def index(rows: list[int]) -> Tensor | None:
+            if rows == list(range(self.rows * repeat)):
+                return None
+            # one made in inference mode could not be used for training
+            with torch.inference_mode(False):
+                return torch.tensor(rows, device=device)
+
+        places = self._places[key] = _Places(index(there), index(back), most)
+        return places
+
+    def _mask(
+        self, length: int, rows: int, skip: Sequence[int], device: torch.device
+    ) -> Tensor | None:
+        """bool (rows * L, 1): True at class tokens; None where there are none."""
+        if not skip:
+            return None
+        key = (length, rows, tuple(skip), device)
+        mask = self._masks.get(key)
+        if mask is None:
+            with torch.inference_mode(False):
+                mask = positions_mask(length, skip, device).repeat(rows)[:, None]
+            # what is made while a CUDA graph is captured holds nothing until it is replayed
+            if not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+                self._masks[key] = mask
+        return mask
+
+    def _weights(
+        self,
+        adapters: Mapping[str, SVPAdapter],
+        names: tuple[str, ...],
+        block: int,
+        dtype: torch.dtype,
+    ) -> _Weights:
+        """The weights of one block, laid out anew in every pass.
+
+        Weights may change behind the back of their version counters (in a captured graph, through
+        `.data`), and copying them costs less than finding out. Where no gradient is wanted, those
+        of a whole run of blocks are copied at its first block, in as many launches as those of
+        one. In training every block copies its own: a stack that all blocks share would give every
+        weight a gradient, used or not.
+        """
+        own = [adapters[name] for name in names]
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return _laid_out(own, [block], dtype)[block]
+        blocks = self._blocks_of(adapters, names, block)
+        key = (names, tuple(map(id, own)), blocks, dtype)
+        run = self._run
+        if block == blocks[0]:
+            run = _Run(key, block, _laid_out(own, blocks, dtype))
+        # blocks called alone or in another order find nothing, or another pass's
+        elif run is None or run.key != key or run.block != block - 1:
+            return _laid_out(own, [block], dtype)[block]
+        # in one assignment, because other threads may be in a pass of their own
+        self._run = None if block == blocks[-1] else run._replace(block=block)
+        return run.weights[block]
+
+    def _blocks_of(
+        self, adapters: Mapping[str, SVPAdapter], names: tuple[str, ...], block: int
+    ) -> range:
+        """The run that a block is in: all of it prompted by these adapters and equally wide."""
+        own = [adapters[name] for name in names]
+        key = (names, tuple(map(id, own)))
+        runs = self._runs.get(key)
+        if runs is None:
+            rest = [adapters[name] for name in self.groups if name not in names]
+            runs = self._runs[key] = _runs(own, rest)
+        return runs[block]
+
+
+def _runs(adapters: Sequence[SVPAdapter], rest: Sequence[SVPAdapter]) -> dict[int, range]:
+    """For each block that these adapters prompt and the rest do not, the run that it is in."""
+    found: dict[int, range] = {}
+    blocks: list[int] = []
+    shared = frozenset.intersection(*(adapter.layers for adapter in adapters))
+    shared = shared.difference(*(adapter.layers for adapter in rest))
+    widths = {block: _down(adapters[0], block).in_features for block in shared}
+    for block in sorted(shared):
+        size = len(adapters) * _weights_of_block(adapters[0], block)
+        full = (len(blocks) + 1) * size > _MOST_WEIGHTS
+        if blocks and (full or blocks[-1] != block - 1 or widths[blocks[-1]] != widths[block]):
+            blocks = []
+        blocks.append(block)
+        found |= dict.fromkeys(blocks, range(blocks[0], block + 1))
+    return found
+
+
+def _down(adapter: SVPAdapter, block: int) -> nn.Linear:
+    return adapter.inner[block].down  # type: ignore[return-value]
+
+
+def _weights_of_block(adapter: SVPAdapter, block: int) -> int:
+    down = _down(adapter, block)
+    return down.in_features * (down.in_features + 2 * down.out_features)
+
+
+def _laid_out(
+    adapters: Sequence[SVPAdapter], blocks: Sequence[int], dtype: torch.dtype
+) -> dict[int, _Weights]:
+    """The weights of blocks that are equally wide, in `dtype`: six copies for all of them."""
+    joint: list[Tensor] = []
+    joint_bias: list[Tensor] = []
+    up: list[Tensor] = []
+    up_bias: list[Tensor] = []
+    alphas: list[Tensor] = []
+    betas: list[Tensor] = []
+    for block in blocks:
+        for adapter in adapters:
+            cross, inner, alpha, beta = adapter.parts(block)
+            assert cross is not None
+            assert inner is not None
+            assert alpha is not None
+            assert beta is not None
+            joint += [cross.weight, inner.down.weight]
+            joint_bias += [cross.bias, inner.down.bias]
+            up.append(inner.up.weight)
+            up_bias.append(inner.up.bias)
+            alphas.append(alpha)
+            betas.append(beta)
+    shape = (len(blocks), len(adapters), -1)
+    width = len(alphas[0])
+    copies = (
+        torch.cat(joint).view(*shape, width).to(dtype),
+        torch.cat(joint_bias).view(*shape).unsqueeze(2).to(dtype),
+        torch.cat(up).view(len(blocks), len(adapters), width, -1).to(dtype),
+        torch.cat(up_bias).view(*shape).unsqueeze(2).to(dtype),
+        torch.cat(alphas).view(*shape).unsqueeze(2),
+        torch.cat(betas).view(*shape).unsqueeze(2),
+    )
+    each = zip(*(copy.unbind(0) for copy in copies), strict=True)
+    return {block: _Weights(*weights) for block, weights in zip(blocks, each, strict=True)}
+
+
+def _prompted(tokens: Tensor, weights: _Weights, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """(adapters, images * L, d_model), each with its own adapter's prompts."""
+    compute = torch.promote_types(tokens.dtype, torch.float32)
+    width = tokens.shape[2]
+    joint = torch.baddbmm(weights.joint_bias, tokens.to(dtype), weights.joint.transpose(1, 2))
+    inner = torch.baddbmm(weights.up_bias, joint[..., width:], weights.up.transpose(1, 2))
+    added = F.silu(inner.to(compute)) * weights.beta
+    added = torch.addcmul(added, F.silu(joint[..., :width].to(compute)), weights.alpha)
+    if mask is not None:
+        added = added.masked_fill(mask, 0.0)
+    return (tokens + added).to(tokens.dtype)
+
+
+def _are_alike(adapters: Sequence[SVPAdapter], block: int) -> bool:
+    """Whether nothing but the values of their weights tells one block's prompts apart."""
+    if not all(
+        adapter.config.use_cross
+        and adapter.config.use_inner
         and not adapter.released
         and not (adapter.training and adapter.dropout > 0)
-        and adapter.config.inner_bottleneck == first.inner_bottleneck
-        and adapter.config.use_cross
-        and adapter.config.use_inner
         for adapter in adapters
-    )
-    padded = max(sizes) * len(sizes) / sum(sizes)
-    return alike and len(adapters) > 1 and padded <= _MOST_PADDING
-
-
-def prompt_grouped(
-    parts: Sequence[Tensor], adapters: Sequence[SVPAdapter], block: int, skip: Sequence[int]
-) -> list[Tensor]:
-    """Each part prompted by its own adapter; the formula is that of prompters.py.
-
-    Args:
-        parts: tokens entering a block, float (images of the adapter, L, d_model), one per adapter.
-        skip: positions of the class tokens, sorted, each in 0..L-1.
-
-    Returns:
-        Prompted tokens, each of the shape and dtype of its part.
-    """
-    sizes = [part.shape[0] for part in parts]
-    length, width = parts[0].shape[1:]
-    most = max(sizes)
-    padded = [
-        F.pad(part, (0, 0, 0, 0, 0, most - size)) for part, size in zip(parts, sizes, strict=True)
-    ]
-    x = torch.stack(padded).flatten(1, 2)  # (adapters, images * L, d_model)
-
-    found = [adapter.parts(block) for adapter in adapters]
-    cross_weight = torch.stack([cross.weight for cross, *_ in found])  # type: ignore[union-attr]
-    cross_bias = torch.stack([cross.bias for cross, *_ in found])  # type: ignore[union-attr]
-    down_weight = torch.stack([inner.down.weight for _, inner, *_ in found])  # type: ignore[union-attr]
-    down_bias = torch.stack([inner.down.bias for _, inner, *_ in found])  # type: ignore[union-attr]
-    up_weight = torch.stack([inner.up.weight for _, inner, *_ in found])  # type: ignore[union-attr]
-    up_bias = torch.stack([inner.up.bias for _, inner, *_ in found])  # type: ignore[union-attr]
-    alpha = torch.stack([alpha for _, _, alpha, _ in found])  # type: ignore[arg-type, misc]
-    beta = torch.stack([beta for *_, beta in found])  # type: ignore[arg-type, misc]
-
-    def linear(tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return torch.baddbmm(bias[:, None], tokens, weight.transpose(1, 2))
-
-    autocast = torch.is_autocast_enabled(x.device.type)
-    tokens = x if autocast else x.to(torch.promote_types(x.dtype, cross_weight.dtype))
-    compute = torch.promote_types(x.dtype, torch.float32)
-    cross = F.silu(linear(tokens, cross_weight, cross_bias).to(compute))
-    inner = linear(linear(tokens, down_weight, down_bias), up_weight, up_bias)
-    prompt = alpha[:, None] * cross + beta[:, None] * F.silu(inner.to(compute))
-    prompt = prompt.unflatten(1, (most, length))
-    if skip:
-        special = positions_mask(length, skip, x.device)
-        prompt = prompt.masked_fill(special[:, None], 0.0)
-    out = (x.view(len(parts), most, length, width).to(compute) + prompt).to(x.dtype)
-    return [rows[:size] for rows, size in zip(out, sizes, strict=True)]
+    ):
+        return False
+    weights = [_down(adapter, block).weight for adapter in adapters]
+    return len({(weight.shape, weight.dtype) for weight in weights}) == 1

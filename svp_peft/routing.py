@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from svp_peft.adapter_tensors import module_of
 from svp_peft.config import BASE_ADAPTER
 from svp_peft.errors import AdapterNameError, InputError
-from svp_peft.grouped import can_group, prompt_grouped
+from svp_peft.grouped import GroupedPrompts
 from svp_peft.prompters import simam
 from svp_peft.state import (
     Routing,
@@ -72,6 +72,8 @@ class route:  # used as a function, `with route(...)`, and named like one
         self._order = [index for rows in self.groups.values() for index in rows]
         self._inverse = sorted(range(len(self._order)), key=self._order.__getitem__)
         self._indices: dict[tuple[bool, int, torch.device], Tensor] = {}
+        named = {name: rows for name, rows in self.groups.items() if name != BASE_ADAPTER}
+        self._grouped = GroupedPrompts(named, len(self.names))
         self._widths: dict[str, int] = {}
         # one entry for every `with` that this object stands in now
         self._before: list[tuple[Routing | None, int]] = []
@@ -80,6 +82,7 @@ class route:  # used as a function, `with route(...)`, and named like one
     def __enter__(self) -> route:
         # adapters may have gone since the object was made
         _check_names(self.svp, self.names)
+        self._grouped.forget()
         self._before.append((self.svp.routing, self.svp.disabled))
         self.svp.routing, self.svp.disabled = self, 0
         use_modules_of(self.model, self.svp.effective)
@@ -95,6 +98,7 @@ class route:  # used as a function, `with route(...)`, and named like one
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self._grouped.forget()
         self.svp.routing, self.svp.disabled = self._before.pop()
         if self._handle is not None and not self._before:
             self._handle.remove()
@@ -129,20 +133,19 @@ class route:  # used as a function, `with route(...)`, and named like one
 
     def prompt(self, svp: SVPState, x: Tensor, block: int, skip: tuple[int, ...]) -> Tensor:
         """Each row of `x` (batch, L, d_model) prompted by its own adapter."""
+        if _on_gpu(x):
+            adapters = {name: svp.adapter_named(name) for name in self._grouped.groups}
+            together = self._grouped.prompting(adapters, block)
+            if together is not None:
+                self._repeat(x)
+                return self._grouped(x, adapters, together, block, skip)
         parts = self._split(x)
-        named = [name for name in self.groups if name != BASE_ADAPTER]
-        adapters = [svp.adapter_named(name) for name in named]
-        sizes = [len(self.groups[name]) for name in named]
-        if named and _on_gpu(x) and can_group(adapters, sizes, block):
-            tokens = [rows for name, rows in parts if name != BASE_ADAPTER]
-            prompted = dict(zip(named, prompt_grouped(tokens, adapters, block, skip), strict=True))
-        else:
-            prompted = {
-                name: svp.adapter_named(name)(rows, block, skip)
+        return self._join(
+            [
+                rows if name == BASE_ADAPTER else svp.adapter_named(name)(rows, block, skip)
                 for name, rows in parts
-                if name != BASE_ADAPTER
-            }
-        return self._join([prompted.get(name, rows) for name, rows in parts])
+            ]
+        )
 
     def head(self, in_use: str, features: Tensor, output: Tensor) -> Tensor:
         """Each row of `features` through its own adapter's head.
@@ -174,6 +177,14 @@ class route:  # used as a function, `with route(...)`, and named like one
 
     def _split(self, x: Tensor) -> list[tuple[str, Tensor]]:
         """Rows of `x` by adapter; several consecutive rows may belong to one image (windows)."""
+        repeat = self._repeat(x)
+        if len(self.groups) > 1:
+            x = self._reorder(x, repeat, inverse=False)
+        sizes = [len(rows) * repeat for rows in self.groups.values()]
+        return list(zip(self.groups, x.split(sizes), strict=True))
+
+    def _repeat(self, x: Tensor) -> int:
+        """Rows of `x` for each image."""
         repeat, rest = divmod(x.shape[0], len(self.names))
         if rest or not repeat:
             raise InputError(
@@ -181,10 +192,7 @@ class route:  # used as a function, `with route(...)`, and named like one
                 "adapter names: they cannot be shared out among the images. Pass one name for "
                 "each image of the batch."
             )
-        if len(self.groups) > 1:
-            x = self._reorder(x, repeat, inverse=False)
-        sizes = [len(rows) * repeat for rows in self.groups.values()]
-        return list(zip(self.groups, x.split(sizes), strict=True))
+        return repeat
 
     def _join(self, parts: Sequence[Tensor]) -> Tensor:
         if len(parts) == 1:
@@ -199,7 +207,9 @@ class route:  # used as a function, `with route(...)`, and named like one
         key = (inverse, repeat, x.device)
         if key not in self._indices:
             rows = [image * repeat + k for image in order for k in range(repeat)]
-            self._indices[key] = torch.tensor(rows, device=x.device)
+            # one made in inference mode could not be used for training
+            with torch.inference_mode(False):
+                self._indices[key] = torch.tensor(rows, device=x.device)
         return x.index_select(0, self._indices[key])
 
 
