@@ -13,7 +13,7 @@ import torch
 
 from svp_peft.errors import InputError
 from svp_peft.ops import cuda, mixer_passes
-from svp_peft.ops.cuda import kernels
+from svp_peft.ops.cuda import conv_projected, kernels
 from svp_peft.ops.cuda.nvrtc import Nvrtc, find_nvrtc
 from svp_peft.ops.types import MixerWeights, ScanNeeds
 from tests.ops.cuda_cases import EVERY_GRADIENT, scan_case
@@ -23,7 +23,8 @@ ARCHITECTURES = ("sm_80", "sm_90")
 _MODULES = [
     importlib.import_module(f"svp_peft.ops.cuda.{name}")
     for name in (
-        "conv", "norm", "prompt", "scan", "scan_backward", "joint_prompt", "frozen_mixer"
+        "conv", "norm", "prompt", "scan", "scan_backward", "joint_prompt", "frozen_mixer",
+        "conv_projected",
     )
 ]  # fmt: skip
 
@@ -155,6 +156,9 @@ def test_the_convolution_compiles(nvrtc: Nvrtc, recorded: list[tuple[Any, ...]])
             cuda.conv_silu_backward(
                 out, x, weight, bias, reverse, need_x=True, need_weight=weights, need_bias=weights
             )
+    for row, dtype, reverse in ((56, torch.bfloat16, (False, True)), (96, torch.float16, (True,))):
+        weight = tuple(torch.randn(64, 4) for _ in reverse)
+        conv_projected.projected_launch(0, dtype, 2, 7, row, weight, None, reverse)
     _compile_all(nvrtc, recorded)
 
 
@@ -192,7 +196,9 @@ def test_the_joint_prompts_compile(
 
 @pytest.mark.parametrize("directions", [1, 2])
 @pytest.mark.parametrize("keep", [1, 2])
+@pytest.mark.parametrize("fold", [False, True])
 def test_a_frozen_mixer_launches_what_the_general_way_launches(
+    fold: bool,
     keep: int,
     directions: int,
     recorded: list[tuple[Any, ...]],
@@ -217,12 +223,18 @@ def test_a_frozen_mixer_launches_what_the_general_way_launches(
     mixer_passes.backward_pass(out, x, needs, saved, *tensors, *settings)
     general = list(_Recorder.launches)
     _Recorder.launches.clear()
+    monkeypatch.setattr(_MODULES[6], "_FOLD", fold)
     mixer = cuda.frozen_mixer(weights, torch.bfloat16, 0.5)
     assert mixer is not None
     out, *kept = mixer.forward(x, keep)
     mixer.backward(out, x, tuple(kept))
-    assert _Recorder.launches == general
-    assert len(general) == (5 if keep == 2 else 6)
+    found = list(_Recorder.launches)
+    if fold:  # the product before it is in the convolution's kernel
+        (source, *_), *_ = found.pop()
+        assert source == "conv_backward_projected"
+        assert general.pop()[0][:2] == ("conv", "conv_backward")
+    assert found == general
+    assert len(general) == (5 if keep == 2 else 6) - fold
 
 
 def test_two_scans_of_one_direction_are_refused_in_our_words(
@@ -241,7 +253,7 @@ def test_two_scans_of_one_direction_are_refused_in_our_words(
 def test_every_source_is_compiled_by_these_tests() -> None:
     covered = {
         "scan_forward", "scan_forward_chunked", "scan_backward", "scan_backward_fast", "reduce",
-        "conv", "norm", "pack", "prompt",
+        "conv", "conv_backward_projected", "norm", "pack", "prompt",
     }  # fmt: skip
     assert set(kernels.sources()) == covered
 

@@ -5,6 +5,8 @@ The kernels are emulated (cuda_on_cpu/__init__.py), the products are PyTorch's o
 is a small sum of large numbers, where the reference in bfloat16 is wrong by 4e-2 too.
 """
 
+from importlib import import_module
+
 import pytest
 import torch
 from torch import Tensor
@@ -87,13 +89,31 @@ def test_the_prepared_mixer_is_as_exact_as_the_general_one(
         (grad,) = torch.autograd.grad(out, leaf, cotangent)
         errors.append((error(out, truth.detach()), error(grad, true_grad)))
         launches.append(list(gpu.launches))
-    assert launches[0] == launches[1]
+    assert launches[0][-1] == "conv_backward"
+    assert launches[1] == [*launches[0][:-1], "conv_backward_projected"]
     assert max(errors[0]) < BOUND[dtype]
-    # the same roundings at the same places; the products may be split differently
+    # the same roundings at the same places, one of d_u less; the products may be split differently
     assert errors[1][0] <= 1.1 * errors[0][0] + 1e-4
     assert errors[1][1] <= 1.1 * errors[0][1] + 1e-4
     with torch.no_grad():
         assert error(prepared(x, 0), truth.detach()) < BOUND[dtype]
+
+
+@pytest.mark.parametrize("directions", [1, 2])
+def test_the_product_inside_the_convolution_changes_roundings_only(
+    directions: int, gpu: EmulatedGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = mixer_weights(32, 8, 16, directions)
+    x, cotangent = torch.randn(2, 2, 19, 32).bfloat16()
+    found = []
+    for fold in (False, True):
+        monkeypatch.setattr(import_module("svp_peft.ops.cuda.frozen_mixer"), "_FOLD", fold)
+        prepared = cuda.frozen_mixer(weights, torch.bfloat16, 0.5)
+        assert prepared is not None
+        leaf = x.clone().requires_grad_()
+        found += torch.autograd.grad(prepared(leaf, 1), leaf, cotangent)
+        assert gpu.launches[-1] == ("conv_backward_projected" if fold else "conv_backward")
+    assert error(found[1], found[0].double()) < 1e-2  # three roundings to bfloat16
 
 
 @pytest.mark.usefixtures("gpu")

@@ -5,7 +5,7 @@ checking shapes takes longer than the kernels run. A `FrozenMixer` does that onc
 once for a shape. What is left per call is a dozen launches:
 
     forward    in_proj, conv, x_proj of both directions in one product, scan, out_proj
-    backward   out_proj, scan, its sums, dt_proj, x_proj, conv, in_proj
+    backward   out_proj, scan, its sums, dt_proj, x_proj and conv in one kernel, in_proj
 
 The arithmetic is that of `svp_peft.ops.mixer_passes` with the same kernels; only the gradient of
 the input exists here. It serves bfloat16 and float16, one convolution per scan ("none" and "v2")
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from svp_peft.ops.cuda.conv import _grid, _kernel_for
+from svp_peft.ops.cuda.conv_projected import projected_launch, supports
 from svp_peft.ops.cuda.layout import device_index, parameters, pointers
 from svp_peft.ops.cuda.scan import forward_launch, gather
 from svp_peft.ops.cuda.scan_backward import _TILE, _fast_kernel, _fast_warps, _reduce_kernel
@@ -26,6 +27,7 @@ from svp_peft.ops.types import MixerWeights, ScanNeeds
 
 _HALF = (torch.bfloat16, torch.float16)
 _NEED = ScanNeeds()  # of the activations, none of the weights
+_FOLD = True  # the gradient through x_proj inside the convolution's kernel, where that takes it
 
 
 def frozen_mixer(weights: MixerWeights, dtype: torch.dtype, scale: float) -> "FrozenMixer | None":
@@ -141,8 +143,11 @@ class FrozenMixer:
         d_x_dbl = torch.empty_like(x_dbl)
         d_u, d_delta = shape.scan_backward(d_gated, u, x_dbl, xz, y, d_xz, d_x_dbl)
         torch.bmm(d_delta, self.dt_proj, out=d_x_dbl[..., : self.rank])
-        torch.baddbmm(d_u, d_x_dbl, self.x_proj, out=d_u)
-        shape.convolve_backward(d_u, xz, d_xz)
+        if shape.folds:
+            shape.project_and_convolve_backward(d_u, d_x_dbl, self.x_proj, xz, d_xz)
+        else:
+            torch.baddbmm(d_u, d_x_dbl, self.x_proj, out=d_u)
+            shape.convolve_backward(d_u, xz, d_xz)
         return torch.mm(d_xz, self.in_proj).view(hidden.shape).to(hidden.dtype)
 
     def _shape(self, hidden: Tensor) -> "_Shape":
@@ -205,14 +210,21 @@ class _Shape:
         self._conv_parameters = (*pointers(taps), *pointers(conv_bias))
         both = 2 * self.channels
         self._conv, pack = _kernel_for("conv_forward", x, both, taps, conv_bias, reverse, (), both)
-        self._conv_backward, _ = _kernel_for(
-            "conv_backward", x, both, taps, conv_bias, reverse, (True, False, False), both,
-            u[0].data_ptr(), xz.data_ptr(),
-        )  # fmt: skip
         self._chunk, self._conv_grid = _grid(index, batch, length, self.channels, pack, 8)
-        self._chunk_backward, self._conv_backward_grid = _grid(
-            index, batch, length, self.channels, pack, 5
-        )
+        assert taps is not None
+        self.folds = _FOLD and supports(taps[0].shape[1], self.row, self.channels)
+        if self.folds:
+            self._conv_backward, self._conv_backward_grid, self._chunk_backward = projected_launch(
+                index, dtype, batch, length, self.row, taps, conv_bias, reverse
+            )
+        else:
+            self._conv_backward, _ = _kernel_for(
+                "conv_backward", x, both, taps, conv_bias, reverse, (True, False, False), both,
+                u[0].data_ptr(), xz.data_ptr(),
+            )  # fmt: skip
+            self._chunk_backward, self._conv_backward_grid = _grid(
+                index, batch, length, self.channels, pack, 5
+            )
         self._conv_sizes = (length, self.channels, both)
 
         rank, state = self.rank, self.d_state
@@ -263,6 +275,18 @@ class _Shape:
             xz.data_ptr(), *self._conv_parameters, 0, 0,
             *self._two(d_u.data_ptr(), self.tokens * self.channels), d_xz.data_ptr(), 0,
             *self._conv_sizes, 2 * self.channels, self._chunk_backward,
+        )  # fmt: skip
+
+    def project_and_convolve_backward(
+        self, d_u: Tensor, d_x_dbl: Tensor, x_proj: Tensor, xz: Tensor, d_xz: Tensor
+    ) -> None:
+        """Fill the first half of d_xz, with d_u + d_x_dbl @ x_proj in the place of d_u."""
+        self._conv_backward(
+            self._conv_backward_grid,
+            xz.data_ptr(), *self._conv_parameters,
+            *self._two(d_u.data_ptr(), self.tokens * self.channels),
+            *self._two(d_x_dbl.data_ptr(), self.tokens * self.row), x_proj.data_ptr(),
+            d_xz.data_ptr(), self.length, self._chunk_backward,
         )  # fmt: skip
 
     def _scan_activations(self, u: Tensor, x_dbl: Tensor, xz: Tensor) -> tuple[int, ...]:
