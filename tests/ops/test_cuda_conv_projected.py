@@ -48,8 +48,8 @@ def check(case: tuple, dtype: torch.dtype, device: str) -> torch.Tensor:
         return tensors[0].data_ptr(), tensors[1].data_ptr() if count == 2 else 0
 
     kernel(
-        grid, xz.data_ptr(), *pair(weight), *(pair(bias) if bias else (0, 0)), *pair(d_u),
-        *pair(d_x_dbl), x_proj.data_ptr(), d_xz.data_ptr(), length, chunk,
+        grid, xz.data_ptr(), *pair(weight), *(pair(bias) if bias else (0, 0)), d_u.data_ptr(),
+        d_x_dbl.data_ptr(), x_proj.data_ptr(), d_xz.data_ptr(), length, chunk,
     )  # fmt: skip
     d_x, rest = d_xz[..., :channels], d_xz[..., channels:]
     assert rest.isnan().all(), "the second half belongs to the scan"

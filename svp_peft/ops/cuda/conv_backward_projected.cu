@@ -19,8 +19,8 @@ struct Args {
   const ACT* x;         // [token][2 D_INNER], the first half
   const W_T* weight[2];
   const BIAS_T* bias[2];
-  const ACT* du[2];     // [token][channel]
-  const ACT* d_row[2];  // [token][ROW]: the gradient of x_dbl
+  const ACT* du;        // [direction][token][channel]
+  const ACT* d_row;     // [direction][token][ROW]: the gradient of x_dbl
   const ACT* x_proj;    // [direction][ROW][channel]
   ACT* dx;              // like x
   int length, chunk;
@@ -28,70 +28,80 @@ struct Args {
 static_assert(sizeof(Args) == ARGS_BYTES, "the launcher packs exactly these fields");
 
 constexpr int TILE = 16, THREADS = 32 * WARPS, WIDTH = 32 * WARPS;
-constexpr int PAIRS = (ROW + 31) / 32;  // of the instruction's 16 products, padded with zeros
 constexpr int X_ROW = 2 * D_INNER;
-constexpr int PITCH = 36 * DIRECTIONS;  // 32 sums per direction; four more to spread the banks
-using Eight = Pack<ACT, 8>;
+constexpr int PAIRS = (ROW + 31) / 32;  // of the instruction's 16 products, padded with zeros
+using Four = Pack<ACT, 4>;
 
 struct alignas(16) Stage {
-  Eight du[DIRECTIONS][TILE * 4 * WARPS], row[DIRECTIONS][TILE * 4 * PAIRS];  // see `place`
+  // rows of 16 bytes times 4 WARPS and 4 PAIRS, see below
+  uint4 du[DIRECTIONS][TILE * 4 * WARPS], row[DIRECTIONS][TILE * 4 * PAIRS];
   ACT x[TILE * WIDTH];
 };
 struct alignas(16) Block {
   Stage stage[STAGES];
-  float sums[WARPS][TILE * PITCH];
+  float4 sums[WARPS][DIRECTIONS][144];  // two tokens of two channels each, see pair_of_tokens
 };
 static_assert(sizeof(Block) <= SHARED_BYTES, "the launcher asks for too little shared memory");
 
-// Where 16 bytes of a row of COLUMNS x 16 lie: two rows side by side fill other banks.
-template <int COLUMNS> DEVICE int place(int row, int column) {
-  return row * COLUMNS + (COLUMNS % 8 ? column : column ^ (row % 2 * 4));
+// Where 16 bytes of a row lie: so that what a warp reads at once fills different banks.
+DEVICE int place_du(int r, int c) {
+  return r * 4 * WARPS + (c ^ (r & (WARPS % 2 ? 2 : 6)));  // read: 4 bytes x 2 of every second row
 }
-// Where the j-th four sums of lane q of a quad lie in a row, in units of four. Its 8 channels make
-// 2 DIRECTIONS such units, a channel's directions side by side.
-DEVICE int unit_of(int q, int j) {
-  return DIRECTIONS == 2 ? 4 * q + (j ^ q / 2) : 2 * q + j;
+DEVICE int place_row(int r, int c) {
+  return r * 4 * PAIRS + (PAIRS % 2 ? c : c ^ (r % 2 * 4));  // read: 64 bytes of neighbouring rows
 }
+// Where the sums of a pair of tokens begin, of all 16 pairs of channels; likewise.
+DEVICE int pair_of_tokens(int n, int q) { return 72 * n + 17 * q + q / 2 * 2; }
 
-// What the block's tokens are and where its columns begin.
-struct Walk {
-  i64 image;  // first token
-  int first, begin, end, length;
+// The asynchronous copies of a thread: rows r and r + 8 of du and x, its share of d_row's.
+struct Copies {
+  static constexpr int SHARE = TILE * 4 * PAIRS, TURNS = (SHARE + THREADS - 1) / THREADS;
+  const ACT *du, *x, *row;  // of the tile that comes next
+  i64 apart;                // tokens from one direction to the other
+  int s, reach, reach_x;    // the next tile's first step, where du and x end
 
-  DEVICE void load(Stage& stage, const Args& args, int s0) const {
-    const int reach = min(end + REACH, length), reach_x = min(end + 2 * REACH, length);
+  DEVICE Copies(const Args& args, int start, int end, int first) {
+    const int r = threadIdx.x / (4 * WARPS), c = threadIdx.x % (4 * WARPS);
+    const i64 token = (i64)blockIdx.z * args.length + start;
+    s = start, reach = min(end + REACH, args.length), reach_x = min(end + 2 * REACH, args.length);
+    du = args.du + (token + r) * D_INNER + first + c * 8;
+    x = args.x + (token + r + REACH) * X_ROW + first + c * 8;
+    row = args.d_row + token * ROW;
+    apart = (i64)gridDim.z * args.length;
+  }
+
+  DEVICE void next(Stage& stage) {
 #pragma unroll
-    for (int turn = 0; turn < TILE * 4 * WARPS / THREADS; turn++) {
-      const int i = turn * THREADS + threadIdx.x, r = i / (4 * WARPS), c = i % (4 * WARPS);
-      const int s = s0 + r, t = s + REACH;
-      const i64 at = (image + s) * D_INNER + first + c * 8;
+    for (int turn = 0; turn < 2; turn++) {
+      const int r = threadIdx.x / (4 * WARPS) + 8 * turn, c = threadIdx.x % (4 * WARPS);
+      const bool there = s + r >= 0 && s + r < reach;
 #pragma unroll
       for (int k = 0; k < DIRECTIONS; k++)
-        copy_async_if<16>(&stage.du[k][place<4 * WARPS>(r, c)], args.du[k] + at,
-                          s >= 0 && s < reach);
-      copy_async_if<16>(stage.x + r * WIDTH + c * 8,
-                        args.x + (image + t) * X_ROW + first + c * 8, t >= 0 && t < reach_x);
+        copy_async_if<16>(&stage.du[k][place_du(r, c)], du + (k * apart + 8 * turn) * D_INNER,
+                          there);
+      copy_async_if<16>(stage.x + r * WIDTH + c * 8, x + 8 * turn * X_ROW,
+                        s + r + REACH >= 0 && s + r + REACH < reach_x);
     }
-    constexpr int COPIES = TILE * 4 * PAIRS;
 #pragma unroll
-    for (int turn = 0; turn < (COPIES + THREADS - 1) / THREADS; turn++) {
-      const int i = turn * THREADS + threadIdx.x;
-      if (COPIES % THREADS && i >= COPIES) continue;
-      const int r = i / (4 * PAIRS), c = i % (4 * PAIRS), s = s0 + r;
+    for (int turn = 0; turn < TURNS; turn++) {
+      const int i = turn * THREADS + threadIdx.x, r = i / (4 * PAIRS), c = i % (4 * PAIRS);
+      if (SHARE % THREADS && i >= SHARE) continue;
+      const bool there = s + r >= 0 && s + r < reach && c < ROW / 8;
 #pragma unroll
       for (int k = 0; k < DIRECTIONS; k++)
-        copy_async_if<16>(&stage.row[k][place<4 * PAIRS>(r, c)],
-                          args.d_row[k] + (image + s) * ROW + c * 8,
-                          s >= 0 && s < reach && c < ROW / 8);
+        copy_async_if<16>(&stage.row[k][place_row(r, c)], row + (k * apart + r) * ROW + c * 8,
+                          there);
     }
+    du += TILE * D_INNER, x += TILE * X_ROW, row += TILE * ROW, s += TILE;
   }
 };
 
-// The x_proj of a warp as right operands. Which of the 16 products a lane holds is free as long as both
-// operands agree: lane q of a quad takes 8 neighbours of each 32, for the left operand 16 bytes. Column
-// g of the n-th operand is channel 4 g + n, so that a lane ends up with 8 neighbouring channels.
+// The transposed x_proj of a warp as left operands: 32 channels in two of 16. Which of the 16 products
+// a lane holds is free as long as both operands agree: lane q of a quad takes 8 neighbours of each 32,
+// for the right operand 16 bytes. Rows g and g + 8 of operand m are channels 4 g + 2 m and the one
+// after, so that the lanes of quad g have channels 4 g .. 4 g + 3.
 struct Projection {
-  u32 operand[DIRECTIONS][PAIRS][4][4];  // [..][two of the 8 neighbours][n]
+  u32 operand[DIRECTIONS][PAIRS][2][2][4];  // [..][half of the 8 neighbours][m]
 
   DEVICE Projection(const ACT* x_proj, int first, int lane) {
     const ACT* from = x_proj + first + lane / 4 * 4;
@@ -102,59 +112,54 @@ struct Projection {
         const int row = pair * 32 + lane % 4 * 8;
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-          Pack<ACT, 4> low, high;
+          Four low, high;
 #pragma unroll
-          for (int n = 0; n < 4; n++) low.v[n] = high.v[n] = narrowed<ACT>(0.f);
+          for (int p = 0; p < 4; p++) low.v[p] = high.v[p] = narrowed<ACT>(0.f);
           if (row < ROW) {
-            const ACT* at = from + (i64)(k * ROW + row + 2 * i) * D_INNER;
-            low = *(const Pack<ACT, 4>*)at;
-            high = *(const Pack<ACT, 4>*)(at + D_INNER);
+            const ACT* at = from + (k * ROW + row + 2 * i) * D_INNER;
+            low = *(const Four*)at;
+            high = *(const Four*)(at + D_INNER);
           }
 #pragma unroll
-          for (int n = 0; n < 4; n++)
-            operand[k][pair][i][n] = low.v[n].bits | (u32)high.v[n].bits << 16;
+          for (int p = 0; p < 4; p++)
+            operand[k][pair][i / 2][p / 2][i % 2 * 2 + p % 2] =
+                low.v[p].bits | (u32)high.v[p].bits << 16;
         }
       }
   }
 
   // The whole gradient of u for a tile, this warp's channels.
-  DEVICE void apply(const Stage& stage, float* sums, int warp, int lane) const {
+  DEVICE void apply(const Stage& stage, float4 (*sums)[144], int warp, int lane) const {
     const int g = lane / 4, q = lane % 4;
-    float c[DIRECTIONS][4][4];  // [..][n][row g: channels 8 q + n, + 4; row g + 8: the same]
 #pragma unroll
     for (int k = 0; k < DIRECTIONS; k++) {
+      float c[2][2][4];  // [m][n][channel of m, token of 8 n + 2 q, + 1]
 #pragma unroll
-      for (int half = 0; half < 2; half++) {
-        const Eight du = stage.du[k][place<4 * WARPS>(g + half * 8, warp * 4 + q)];
+      for (int i = 0; i < 4; i++) {
+        const int at = place_du(i / 2 * 8 + 2 * q + i % 2, warp * 4 + g / 2);
+        const Four du = ((const Four*)&stage.du[k][at])[g % 2];
 #pragma unroll
-        for (int i = 0; i < 8; i++) c[k][i % 4][half * 2 + i / 4] = widen(du.v[i]);
+        for (int p = 0; p < 4; p++) c[p / 2][i / 2][p % 2 * 2 + i % 2] = widen(du.v[p]);
       }
 #pragma unroll
-      for (int pair = 0; pair < PAIRS; pair++) {
-        const uint4 low = *(const uint4*)&stage.row[k][place<4 * PAIRS>(g, pair * 4 + q)];
-        const uint4 high = *(const uint4*)&stage.row[k][place<4 * PAIRS>(g + 8, pair * 4 + q)];
-        const auto& b = operand[k][pair];
+      for (int pair = 0; pair < PAIRS; pair++)
 #pragma unroll
-        for (int n = 0; n < 4; n++)
-          mma_16(ACT{}, c[k][n], low.x, high.x, low.y, high.y, b[0][n], b[1][n]);
+        for (int n = 0; n < 2; n++) {
+          const uint4 b = stage.row[k][place_row(n * 8 + g, pair * 4 + q)];
 #pragma unroll
-        for (int n = 0; n < 4; n++)
-          mma_16(ACT{}, c[k][n], low.z, high.z, low.w, high.w, b[2][n], b[3][n]);
-      }
-    }
-#pragma unroll
-    for (int half = 0; half < 2; half++)
-#pragma unroll
-      for (int j = 0; j < 2 * DIRECTIONS; j++) {
-        float four[4];
-#pragma unroll
-        for (int e = 0; e < 4; e++) {
-          const int i = (4 * j + e) / DIRECTIONS;  // of the 8 channels
-          four[e] = c[e % DIRECTIONS][i % 4][half * 2 + i / 4];
+          for (int m = 0; m < 2; m++) {
+            const u32(*a)[2][4] = operand[k][pair];
+            mma_16(ACT{}, c[m][n], a[0][m][0], a[0][m][1], a[0][m][2], a[0][m][3], b.x, b.y);
+            mma_16(ACT{}, c[m][n], a[1][m][0], a[1][m][1], a[1][m][2], a[1][m][3], b.z, b.w);
+          }
         }
-        *(float4*)(sums + (g + half * 8) * PITCH + 4 * unit_of(q, j)) =
-            make_float4(four[0], four[1], four[2], four[3]);
-      }
+#pragma unroll
+      for (int m = 0; m < 2; m++)
+#pragma unroll
+        for (int n = 0; n < 2; n++)
+          sums[k][pair_of_tokens(n, q) + 2 * g + m] =
+              make_float4(c[m][n][0], c[m][n][1], c[m][n][2], c[m][n][3]);
+    }
   }
 };
 
@@ -165,18 +170,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, length = args.length;
   const int begin = blockIdx.y * args.chunk, end = min(begin + args.chunk, length);
   const int first = blockIdx.x * WIDTH, channel = first + threadIdx.x;
-  const Walk walk{(i64)blockIdx.z * length, first, begin, end, length};
   const int start = begin - REACH, tiles = (end + REACH - start + TILE - 1) / TILE;
+  Copies copies(args, start, end, first);
 #pragma unroll
   for (int i = 0; i < STAGES - 1; i++) {
-    if (i < tiles) walk.load(block.stage[i], args, start + i * TILE);
+    if (i < tiles) copies.next(block.stage[i]);
     copies_commit();
   }
 
   const Projection projection(args.x_proj, first + warp * 32, lane);
   const Taps taps(args, channel);
-  const ACT* x = args.x + walk.image * X_ROW + channel;
-  ACT* dx = args.dx + (walk.image + start - REACH) * X_ROW + channel;
+  const ACT* x = args.x + (i64)blockIdx.z * length * X_ROW + channel;
+  ACT* dx = args.dx + ((i64)blockIdx.z * length + start - REACH) * X_ROW + channel;
   float window[WINDOW][1], slopes[DIRECTIONS][WINDOW][1];  // slopes: d pre_{s - 2 REACH} .. s
 #pragma unroll
   for (int i = 0; i < WINDOW; i++) {
@@ -185,31 +190,30 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
 #pragma unroll
     for (int k = 0; k < DIRECTIONS; k++) slopes[k][i][0] = 0.f;
   }
-  float* sums = block.sums[warp];
-  const int mine = lane * DIRECTIONS, owner = lane / 8;  // which lane of a quad had this channel
-  const float* own = sums + 4 * unit_of(owner, mine / 4 - owner * 2 * DIRECTIONS) + mine % 4;
+  const float2* own = (const float2*)(block.sums[warp][0] + lane / 2) + lane % 2;
 
   for (int tile = 0; tile < tiles; tile++) {
     copies_wait<STAGES - 2>();
     __syncthreads();  // the tile is there for all, and the one before is done with
     const int ahead = tile + STAGES - 1;
-    if (ahead < tiles) walk.load(block.stage[ahead % STAGES], args, start + ahead * TILE);
+    if (ahead < tiles) copies.next(block.stage[ahead % STAGES]);
     copies_commit();
     const Stage& stage = block.stage[tile % STAGES];
-    projection.apply(stage, sums, warp, lane);
+    projection.apply(stage, block.sums[warp], warp, lane);
     __syncwarp();
-    const int s0 = start + tile * TILE;
+    const int t0 = start + tile * TILE - REACH;
+    float2 grad[DIRECTIONS];
 #pragma unroll
     for (int i = 0; i < TILE; i++) {
-      const int t = s0 + i - REACH;
+      const int t = t0 + i;
       shift<WINDOW>(window);
       window[WINDOW - 1][0] = widen(stage.x[i * WIDTH + threadIdx.x]);
-      const Pack<float, DIRECTIONS> grad = *(const Pack<float, DIRECTIONS>*)(own + i * PITCH);
 #pragma unroll
       for (int k = 0; k < DIRECTIONS; k++) {
+        if (i % 2 == 0) grad[k] = own[2 * (k * 144 + pair_of_tokens(i / 8, i / 2 % 4))];
         shift<WINDOW>(slopes[k]);
-        const float pre = taps.pre(k, 0, window);
-        slopes[k][WINDOW - 1][0] = grad.v[k] * silu_slope(pre, sigmoid(pre));
+        const float pre = taps.pre(k, 0, window), g = i % 2 ? grad[k].y : grad[k].x;
+        slopes[k][WINDOW - 1][0] = g * silu_slope(pre, sigmoid(pre));
       }
       float sum = 0.f;
 #pragma unroll

@@ -18,7 +18,8 @@ from svp_peft.ops.cuda.layout import cpp_type
 _TILE = 16  # tokens
 _STAGES = 2  # tiles in shared memory, the one in use among them
 _WARPS = 4  # of a block, 32 channels each, where that divides the channels
-_LAYOUT = "Q2Q2Q2Q2QQQ2i"
+_RESIDENT = 12  # warps of a multiprocessor, which leaves each thread 168 registers: none spill
+_LAYOUT = "Q2Q2Q4Q2i"
 
 
 def supports(width: int, row: int, channels: int) -> bool:
@@ -44,8 +45,7 @@ def projected_launch(
     """
     channels, width = weight[0].shape
     warps = next(w for w in range(_WARPS, 0, -1) if channels % (32 * w) == 0)
-    # registers: 12 warps per multiprocessor have 168, which wide rows of x_dbl do not fit
-    blocks = (12 if row <= 64 else 8) // warps
+    blocks = _RESIDENT // warps
     kernel = _kernel(
         device, CPP_TYPE[dtype], cpp_type(weight), cpp_type(bias), width, tuple(reverse),
         bias is not None, channels, row, warps, blocks,

@@ -284,9 +284,8 @@ class _Shape:
         self._conv_backward(
             self._conv_backward_grid,
             xz.data_ptr(), *self._conv_parameters,
-            *self._two(d_u.data_ptr(), self.tokens * self.channels),
-            *self._two(d_x_dbl.data_ptr(), self.tokens * self.row), x_proj.data_ptr(),
-            d_xz.data_ptr(), self.length, self._chunk_backward,
+            d_u.data_ptr(), d_x_dbl.data_ptr(), x_proj.data_ptr(), d_xz.data_ptr(),
+            self.length, self._chunk_backward,
         )  # fmt: skip
 
     def _scan_activations(self, u: Tensor, x_dbl: Tensor, xz: Tensor) -> tuple[int, ...]:
