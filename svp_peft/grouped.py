@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from svp_peft.ops.backends import choose, kernels
 from svp_peft.ops.casting import compute_dtype
 from svp_peft.ops.reference import positions_mask
 from svp_peft.prompters import SVPAdapter
@@ -43,11 +44,14 @@ class _Weights(NamedTuple):
 
 
 class _Places(NamedTuple):
-    """Where images go and where they come back from; None where they already stand there."""
+    """How rows stand when sorted by adapter and padded to as many for each."""
 
     there: Tensor | None
-    back: Tensor | None
+    """Row of each place, or None: the places are the rows as they are."""
+    back: Tensor
+    """Place of each row; those beyond the last place have no prompt, and stand there in order."""
     most: int
+    """Places of an adapter."""
 
 
 class _Run(NamedTuple):
@@ -116,9 +120,20 @@ class GroupedPrompts:
             dtype = torch.promote_types(x.dtype, weight.dtype)
         with torch.autocast(x.device.type, enabled=False):
             weights = self._weights(adapters, names, block, dtype)
+            joint = torch.baddbmm(
+                weights.joint_bias, tokens.to(dtype), weights.joint.transpose(1, 2)
+            )
+            cross, middle = joint[..., :width], joint[..., width:]
+            inner = torch.baddbmm(weights.up_bias, middle, weights.up.transpose(1, 2))
+            if _has_kernel(x):
+                shape = (len(names), places.most, length)
+                return kernels("cuda").prompt_rows(  # type: ignore[no-any-return]
+                    x, cross.unflatten(1, shape[1:]), inner.unflatten(1, shape[1:]),
+                    weights.alpha[:, 0], weights.beta[:, 0], places.back, skip,
+                )  # fmt: skip
             mask = self._mask(length, places.most, skip, x.device)
-            prompted = _prompted(tokens, weights, mask, dtype).view(sorted_rows.shape)
-            if places.back is None:
+            prompted = _added(tokens, cross, inner, weights, mask).view(sorted_rows.shape)
+            if places.there is None:
                 return prompted
             if sum(len(self.groups[name]) for name in names) < self.rows:
                 prompted = torch.cat((prompted, x))
@@ -140,14 +155,12 @@ class GroupedPrompts:
         # rows without a prompt come from behind the prompted ones
         back = [row + len(there) if at < 0 else at for row, at in enumerate(back)]
 
-        def index(rows: list[int]) -> Tensor | None:
-            if rows == list(range(self.rows * repeat)):
-                return None
-            # one made in inference mode could not be used for training
-            with torch.inference_mode(False):
-                return torch.tensor(rows, device=device)
-
-        places = self._places[key] = _Places(index(there), index(back), most)
+        # tensors made in inference mode could not be used for training
+        with torch.inference_mode(False):
+            as_they_are = there == list(range(self.rows * repeat))
+            index = None if as_they_are else torch.tensor(there, device=device)
+            places = _Places(index, torch.tensor(back, device=device), most)
+        self._places[key] = places
         return places
 
     def _mask(
@@ -272,14 +285,21 @@ def _laid_out(
     return {block: _Weights(*weights) for block, weights in zip(blocks, each, strict=True)}
 
 
-def _prompted(tokens: Tensor, weights: _Weights, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _has_kernel(x: Tensor) -> bool:
+    """Whether all that follows the products is one kernel: it has no derivative."""
+    plain = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    if plain or torch._C._are_functorch_transforms_active() or x.dtype == torch.float64:
+        return False
+    return choose(None, x.device, x.dtype) == "cuda"
+
+
+def _added(
+    tokens: Tensor, cross: Tensor, inner: Tensor, weights: _Weights, mask: Tensor | None
+) -> Tensor:
     """(adapters, images * L, d_model), each with its own adapter's prompts."""
     compute = torch.promote_types(tokens.dtype, torch.float32)
-    width = tokens.shape[2]
-    joint = torch.baddbmm(weights.joint_bias, tokens.to(dtype), weights.joint.transpose(1, 2))
-    inner = torch.baddbmm(weights.up_bias, joint[..., width:], weights.up.transpose(1, 2))
     added = F.silu(inner.to(compute)) * weights.beta
-    added = torch.addcmul(added, F.silu(joint[..., :width].to(compute)), weights.alpha)
+    added = torch.addcmul(added, F.silu(cross.to(compute)), weights.alpha)
     if mask is not None:
         added = added.masked_fill(mask, 0.0)
     return (tokens + added).to(tokens.dtype)

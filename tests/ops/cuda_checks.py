@@ -7,13 +7,18 @@ Bounds on ||found - truth|| / ||truth||:
     float16   an eighth of bfloat16's
 """
 
+import copy
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from svp_peft.config import SVPConfig
+from svp_peft.grouped import GroupedPrompts
 from svp_peft.ops import cuda, reference
 from svp_peft.ops.types import ScanGrads, ScanNeeds
+from svp_peft.prompters import SVPAdapter
 from tests.ops.cuda_cases import (
     EVERY_GRADIENT,
     Case,
@@ -193,3 +198,37 @@ def check_prompts(skip: tuple[int, ...], width: int, dtype: torch.dtype, device:
                 assert error(gradient, next(expected)) < GRADIENT_BOUND[dtype]
     zero = torch.zeros(width, device=device)
     assert torch.equal(cuda.prompt(x, cross, inner, zero, zero, skip), x)
+
+
+def check_grouped_prompts(repeat: int, width: int, dtype: torch.dtype, device: str) -> None:
+    """A batch over three adapters, the last with one image, and two images without a prompt.
+
+    Products are in the dtype of the weights, so that the sum alone is rounded to `dtype`.
+    """
+    adapters = {}
+    for name in "abc":
+        adapters[name] = SVPAdapter(width, 3, SVPConfig(inner_bottleneck=8)).to(device)
+        for parameter in adapters[name].parameters():
+            torch.nn.init.normal_(parameter, std=width**-0.5)
+    owners = "ab.acba.b"
+    groups = {name: [i for i, owner in enumerate(owners) if owner == name] for name in "abc"}
+    prompts = GroupedPrompts(groups, len(owners))
+    x = torch.randn(len(owners) * repeat, 7, width, device=device).to(dtype)
+
+    def rows_of(owner: str) -> list[int]:
+        owned = [i for i, other in enumerate(owners) if other == owner]
+        return [i * repeat + k for i in owned for k in range(repeat)]
+
+    with torch.no_grad():
+        found = prompts(x, adapters, ("a", "b", "c"), 1, (3,))
+        truth = x.double()
+        for name, adapter in adapters.items():
+            own = rows_of(name)
+            cross, inner, alpha, beta = copy.deepcopy(adapter).double().parts(1)
+            tokens = truth[own]
+            before = F.linear(tokens, cross.weight, cross.bias), inner.up(inner.down(tokens))
+            truth[own] = reference.prompt(tokens, *before, alpha, beta, (3,))
+    # the prompts, which are rounded to x's dtype before they are activated, add to x's own error
+    assert error(found, truth) < OUTPUT_BOUND[dtype]
+    assert torch.equal(found[:, 3], x[:, 3])
+    assert torch.equal(found[rows_of(".")], x[rows_of(".")])

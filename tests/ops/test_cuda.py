@@ -23,6 +23,7 @@ from tests.ops.cuda_checks import (
     check_backward,
     check_convolution,
     check_forward,
+    check_grouped_prompts,
     check_norm,
     check_prompts,
     check_views,
@@ -182,6 +183,12 @@ def test_the_norms_are_right(width: int, first: bool, rms: bool, dtype: torch.dt
 @pytest.mark.parametrize("skip", [(), (5,), (0, 10)])
 def test_the_prompts_are_right(skip: tuple[int, ...], width: int, dtype: torch.dtype) -> None:
     check_prompts(skip, width, dtype, "cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("repeat", "width"), [(1, 24), (2, 13), (1, 384)])
+def test_prompts_of_several_adapters_are_right(repeat: int, width: int, dtype: torch.dtype) -> None:
+    check_grouped_prompts(repeat, width, dtype, "cuda")
 
 
 def test_a_kernel_first_needed_inside_a_graph_says_what_to_do() -> None:

@@ -24,7 +24,7 @@ _MODULES = [
     importlib.import_module(f"svp_peft.ops.cuda.{name}")
     for name in (
         "conv", "norm", "prompt", "scan", "scan_backward", "joint_prompt", "frozen_mixer",
-        "conv_projected",
+        "conv_projected", "prompt_rows",
     )
 ]  # fmt: skip
 
@@ -176,6 +176,8 @@ def test_the_norms_and_prompts_compile(nvrtc: Nvrtc, recorded: list[tuple[Any, .
         )  # fmt: skip
         cuda.prompt(x, x, x, weight, weight, (3,))
         cuda.prompt_backward(x, x, x, weight, weight, ())
+        scales, places = weight.expand(2, width), torch.tensor([1, 0])
+        cuda.prompt_rows(x, x[:, None], x[:, None], scales, scales, places, (3,))
     _compile_all(nvrtc, recorded)
 
 
@@ -253,7 +255,7 @@ def test_two_scans_of_one_direction_are_refused_in_our_words(
 def test_every_source_is_compiled_by_these_tests() -> None:
     covered = {
         "scan_forward", "scan_forward_chunked", "scan_backward", "scan_backward_fast", "reduce",
-        "conv", "conv_backward_projected", "norm", "pack", "prompt",
+        "conv", "conv_backward_projected", "norm", "pack", "prompt", "prompt_rows",
     }  # fmt: skip
     assert set(kernels.sources()) == covered
 

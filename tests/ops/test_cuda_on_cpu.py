@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from svp_peft.ops import backends
 from tests.ops.cuda_cases import DTYPES, EVERY_GRADIENT, scan_case
 from tests.ops.cuda_checks import (
     STRESS,
@@ -15,6 +16,7 @@ from tests.ops.cuda_checks import (
     check_backward,
     check_convolution,
     check_forward,
+    check_grouped_prompts,
     check_norm,
     check_prompts,
     check_views,
@@ -171,3 +173,13 @@ def test_the_norms_are_right(
 @pytest.mark.usefixtures("gpu")
 def test_the_prompts_are_right(width: int, dtype: torch.dtype, skip: tuple[int, ...]) -> None:
     check_prompts(skip, width, dtype, "cpu")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("repeat", "width"), [(1, 24), (2, 13)])
+def test_prompts_of_several_adapters_are_right(
+    repeat: int, width: int, dtype: torch.dtype, gpu: EmulatedGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backends, "_default", "cuda")
+    check_grouped_prompts(repeat, width, dtype, "cpu")
+    assert gpu.launches == ["prompt_rows"]
