@@ -5,13 +5,13 @@
 //
 // so d u is read once, and its sum is neither written nor rounded.
 //
-// A block is WARPS x 32 channels of one image and walks along `chunk` tokens in tiles of 16. What a tile
-// needs arrives by asynchronous copies, STAGES - 1 tiles ahead. Each warp keeps its part of x_proj in
-// registers as operands, starts its sums from d u, and hands them to its lanes, one channel each,
-// through shared memory.
+// A block is WARPS x 32 channels of one image and walks along `chunk` tokens in tiles of 16. What a
+// tile needs arrives by asynchronous copies, STAGES - 1 tiles ahead. Each warp keeps its part of
+// x_proj in registers as operands, starts its sums from d u, and hands them to its lanes, one channel
+// each, through shared memory.
 //
-// Macros: ACT, W_T, BIAS_T, TAPS, DIRECTIONS, REVERSED (of direction 0), HAS_BIAS, D_INNER (a multiple
-// of 32 WARPS), ROW (of x_dbl, a multiple of 8), WARPS, STAGES, BLOCKS_PER_SM, SHARED_BYTES.
+// Macros: ACT, W_T, BIAS_T, TAPS, DIRECTIONS, REVERSED (of direction 0), HAS_BIAS, D_INNER (a
+// multiple of 32 WARPS), ROW (of x_dbl, a multiple of 8), WARPS, STAGES, BLOCKS_PER_SM, SHARED_BYTES.
 #define PACK 1
 #include "conv.cuh"
 
@@ -33,7 +33,7 @@ constexpr int PAIRS = (ROW + 31) / 32;  // of the instruction's 16 products, pad
 using Four = Pack<ACT, 4>;
 
 struct alignas(16) Stage {
-  // rows of 16 bytes times 4 WARPS and 4 PAIRS, see below
+  // rows of 4 WARPS and of 4 PAIRS times 16 bytes, see place_du and place_row
   uint4 du[DIRECTIONS][TILE * 4 * WARPS], row[DIRECTIONS][TILE * 4 * PAIRS];
   ACT x[TILE * WIDTH];
 };
@@ -96,10 +96,10 @@ struct Copies {
   }
 };
 
-// The transposed x_proj of a warp as left operands: 32 channels in two of 16. Which of the 16 products
-// a lane holds is free as long as both operands agree: lane q of a quad takes 8 neighbours of each 32,
-// for the right operand 16 bytes. Rows g and g + 8 of operand m are channels 4 g + 2 m and the one
-// after, so that the lanes of quad g have channels 4 g .. 4 g + 3.
+// The transposed x_proj of a warp as left operands: 32 channels in two of 16. Which of the 16
+// products a lane holds is free as long as both operands agree: lane q of a quad takes 8 neighbours
+// of each 32, for the right operand 16 bytes. Rows g and g + 8 of operand m are channels 4 g + 2 m
+// and the one after, so that the lanes of quad g have channels 4 g .. 4 g + 3.
 struct Projection {
   u32 operand[DIRECTIONS][PAIRS][2][2][4];  // [..][half of the 8 neighbours][m]
 
