@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from svp_peft.backbones import BackboneSpec, ClassTokens, Layout, class_token_positions
 from svp_peft.errors import InputError
+from svp_peft.ops import PromptWeights
 from svp_peft.state import SVPState
+from svp_peft.vim.bare import is_hooked
 
 # arguments of the forks' forward that move tokens or leave out half of the scan
 _REFUSED_ARGUMENTS = {
@@ -70,6 +72,16 @@ class PromptBlockInput:
                 "first, or apply with backbone=BackboneSpec(input_name=...)."
             )
         return args, kwargs | {self.input_name: self._prompted(svp, kwargs[self.input_name])}
+
+    def weights_of(self, block: nn.Module, length: int) -> PromptWeights | bool:
+        """See `svp_peft.vim.stack.Prompting`."""
+        svp = self.svp
+        if svp.disabled:
+            return True
+        if svp.routing is not None or self.layout != "tokens" or is_hooked(svp):
+            return False
+        skip = class_token_positions(self.class_tokens, length, self.reversed_block)
+        return svp.adapter.weights_of(self.block_index, skip)
 
     def _prompted(self, svp: SVPState, x: Tensor) -> Tensor:
         dims, axis = (3, -1) if self.layout == "tokens" else (4, -1)

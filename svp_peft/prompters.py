@@ -34,7 +34,8 @@ from torch import Tensor, nn
 
 from svp_peft.config import SVPConfig
 from svp_peft.errors import ConfigError, InputError
-from svp_peft.ops import Cache, svp_prompt, svp_prompt_released
+from svp_peft.ops import Cache, PromptWeights, svp_prompt, svp_prompt_released
+from svp_peft.vim.bare import is_hooked
 
 _SIMAM_LAMBDA = 1e-3
 
@@ -235,6 +236,31 @@ class SVPAdapter(nn.Module):
         alpha = _row(alphas, place.stage, place.alpha_row, self._alpha_rows, ends)
         beta = _row(betas, place.stage, place.beta_row, self._beta_rows, ends)
         return cross, inner, alpha, beta  # type: ignore[return-value]
+
+    def weights_of(self, block_index: int, skip: tuple[int, ...]) -> PromptWeights | bool:
+        """What `forward` computes with; True where it is the identity, False where only calling it
+        tells: the released prompts, dropout, a prompter left out, widths that change."""
+        if is_hooked(self):
+            return False
+        if block_index not in self.layers:
+            return True
+        alpha, beta = self.alpha, self.beta
+        dropping = self.training and self.dropout > 0
+        if (
+            self.released
+            or dropping
+            or not isinstance(alpha, Tensor)
+            or not isinstance(beta, Tensor)
+        ):
+            return False
+        # the rows that the first block has taken are of no use to one who takes all at once
+        self._alpha_rows.prepared = self._beta_rows.prepared = None
+        place = self._places[block_index]
+        cross: CrossPrompter = self.cross[place.group]  # type: ignore[assignment]
+        inner: InnerPrompter = self.inner[block_index]  # type: ignore[assignment]
+        down, up = inner.down, inner.up
+        projections = (cross.weight, cross.bias, down.weight, down.bias, up.weight, up.bias)
+        return PromptWeights(projections, alpha, place.alpha_row, beta, place.beta_row, skip)
 
 
 def check_config_fits(config: SVPConfig, widths: Sequence[int]) -> None:

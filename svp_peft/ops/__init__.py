@@ -9,15 +9,19 @@ from svp_peft.ops.mixer_op import mixer
 from svp_peft.ops.norm_op import add_norm
 from svp_peft.ops.prompt_op import svp_prompt, svp_prompt_released
 from svp_peft.ops.scan_op import conv_silu, scan, selective_scan
-from svp_peft.ops.types import Cache, MixerWeights
+from svp_peft.ops.stack_op import frozen_stack
+from svp_peft.ops.types import Cache, FrozenBlock, MixerWeights, PromptWeights
 
 __all__ = [
     "BACKENDS",
     "Cache",
+    "FrozenBlock",
     "MixerWeights",
+    "PromptWeights",
     "add_norm",
     "choose",
     "conv_silu",
+    "frozen_stack",
     "get_backend",
     "mixer",
     "scan",

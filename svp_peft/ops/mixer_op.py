@@ -66,18 +66,18 @@ def mixer(
         with torch.autocast(hidden.device.type, enabled=False):
             return kernels(name).mixer(hidden.to(dtype), weights, scale=scale)
     if cache is not None and name == "cuda" and not torch.compiler.is_compiling():
-        prepared = _prepared(cache, weights, working, scale)
+        prepared = prepared_mixer(cache, weights, working, scale)
         if prepared is not None and hidden.numel():
             keep = 0
             if hidden.requires_grad and torch.is_grad_enabled():
-                keep = _keep(hidden, weights)
+                keep = keep_level(hidden, weights)
             return prepared(hidden, keep)  # type: ignore[no-any-return]
     tensors = pack(weights)
     keep = 0
     if torch.is_grad_enabled() and (
         hidden.requires_grad or any(t is not None and t.requires_grad for t in tensors)
     ):
-        keep = _keep(hidden, weights)
+        keep = keep_level(hidden, weights)
     settings = (*tensors, scale, working, name, keep)
     if torch.compiler.is_compiling():
         return _mixer_op(hidden, *settings)[0].to(dtype)  # type: ignore[no-any-return]
@@ -92,13 +92,13 @@ def _images_at_once(hidden: Tensor, weights: MixerWeights) -> int:
     return max(1, _AT_ONCE_ON_CPU // max(1, per_image))
 
 
-def _keep(hidden: Tensor, weights: MixerWeights) -> int:
+def keep_level(hidden: Tensor, weights: MixerWeights) -> int:
     """How much to keep for the backward pass; see `mixer_passes.py`."""
     elements = hidden.shape[0] * hidden.shape[1] * weights.in_proj_weight.shape[0]
     return 2 if elements <= _KEEP_EVERYTHING.get(hidden.device.type, 0) else 1
 
 
-def _prepared(cache: Cache, weights: MixerWeights, dtype: torch.dtype, scale: float) -> Any:
+def prepared_mixer(cache: Cache, weights: MixerWeights, dtype: torch.dtype, scale: float) -> Any:
     """What the CUDA backend made of frozen weights, made anew when they changed; or None."""
     if cache.prepared is None or not cache.prepared.is_for(dtype, scale):
         cache.prepared = kernels("cuda").frozen_mixer(weights, dtype, scale)

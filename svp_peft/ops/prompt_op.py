@@ -17,7 +17,7 @@ from svp_peft.ops.types import Cache
 
 # up to this many elements of x the pre-activations are kept for the backward pass; beyond it they
 # are computed again, which costs three small products and saves two tensors of x's size per block
-_KEEP_PRE_ACTIVATIONS = 1_500_000
+KEEP_PRE_ACTIVATIONS = 1_500_000
 
 
 def svp_prompt(
@@ -65,7 +65,7 @@ def svp_prompt(
     tensors = (cross_weight, cross_bias, down_weight, down_bias, up_weight, up_bias, alpha, beta)
     _check(x, alpha, beta, skip)
     # the kernels see x and the products: both must be of a dtype that the backend knows
-    product = x.dtype if cross_weight is None else _product_dtype(x, cross_weight)
+    product = x.dtype if cross_weight is None else product_dtype(x, cross_weight)
     halves = [dtype for dtype in (x.dtype, product) if dtype.itemsize < 4]
     # the C++ kernels are float32: halves on a CPU take plain PyTorch, as in `mixer`
     half_on_cpu = bool(halves) and x.device.type == "cpu"
@@ -77,8 +77,8 @@ def svp_prompt(
     traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     fused = fused and not traced
     if fused and not dropping and cross_weight is not None and down_weight is not None:
-        if name == "cuda" and x.numel() and all(_is_plain(t) for t in tensors):
-            keep = x.numel() <= _KEEP_PRE_ACTIVATIONS
+        if name == "cuda" and x.numel() and all(is_plain(t) for t in tensors):
+            keep = x.numel() <= KEEP_PRE_ACTIVATIONS
             return kernels(name).joint_prompt(x, tensors, tuple(skip), product, keep, cache)  # type: ignore[no-any-return]
         return _Prompt.apply(x, *tensors, tuple(skip), product, name)  # type: ignore[no-any-return]
     drop = _dropout(dropout) if dropping else None
@@ -102,7 +102,7 @@ def _check(x: Tensor, alpha: Tensor | None, beta: Tensor | None, skip: Sequence[
         expect(f"x {tuple(x.shape)}", alpha=(alpha, width), beta=(beta, width))
 
 
-def _is_plain(weight: Tensor | None) -> bool:
+def is_plain(weight: Tensor | None) -> bool:
     """Whether a kernel can read this trained tensor as it is."""
     return weight is not None and weight.dtype == torch.float32 and weight.is_contiguous()
 
@@ -155,7 +155,7 @@ def _parameter_dtype(x: Tensor, tensors: Sequence[Tensor | None]) -> torch.dtype
     return widest
 
 
-def _product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+def product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(x.device.type):
         return compute_dtype(x)
     return torch.promote_types(x.dtype, weight.dtype)
@@ -189,7 +189,7 @@ class _Prompt(torch.autograd.Function):
                 contiguous, cross.view(x.shape), inner.view(x.shape), alpha, beta, skip
             )
         # memory is plentiful beside a CPU, products are not
-        kept = x.device.type == "cpu" or x.numel() <= _KEEP_PRE_ACTIVATIONS
+        kept = x.device.type == "cpu" or x.numel() <= KEEP_PRE_ACTIVATIONS
         keep = (cross, middle, inner) if kept else ()
         ctx.save_for_backward(contiguous, *tensors, *keep)
         ctx.settings = (skip, dtype, backend)

@@ -70,6 +70,47 @@ class Cache:
         return type(self), ()
 
 
+class PromptWeights(NamedTuple):
+    """What the two prompts of one block are made of; symbols as in `svp_peft.ops.svp_prompt`."""
+
+    projections: tuple[Tensor, ...]
+    """W, b, D, c, U, d."""
+    alpha: Tensor
+    """The scales of all cross prompts, stacked: (groups, d_model)."""
+    alpha_row: int
+    beta: Tensor
+    """The scales of all inner prompts, stacked: (depth, d_model)."""
+    beta_row: int
+    skip: tuple[int, ...]
+    """Positions of the class tokens."""
+
+
+class FrozenBlock(NamedTuple):
+    """One frozen block of a stack: prompt, drop, add, normalise, mix."""
+
+    mixer: MixerWeights
+    mixer_cache: Cache
+    mixer_scale: float
+    norm_weight: Tensor
+    norm_bias: Tensor | None
+    eps: float
+    rms: bool
+    drop_rate: float
+    """Probability that an image's share of the residual stream is dropped; 0 in evaluation."""
+    prompt: PromptWeights | None
+
+
+class StackKeep(NamedTuple):
+    """What a forward pass over a stack of blocks keeps for the backward pass."""
+
+    first: int
+    """Index of the first block that needs a backward pass."""
+    mixer: int
+    """See `svp_peft.ops.mixer_passes`."""
+    prompts: bool
+    """Whether the pre-activations of the prompts are kept; otherwise they are computed again."""
+
+
 class ScanNeeds(NamedTuple):
     """Which gradients of the scan are wanted; a frozen backbone wants the first five at most."""
 

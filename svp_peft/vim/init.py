@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from svp_peft.vim.mixer import VimMixer
 
@@ -36,6 +36,15 @@ def init_patches(proj: nn.Conv2d) -> None:
     nn.init.trunc_normal_(proj.weight, std=std, a=-2 * std, b=2 * std)
     if proj.bias is not None:
         nn.init.zeros_(proj.bias)
+
+
+def new_head(d_model: int, num_classes: int, like: Tensor) -> nn.Module:
+    """A freshly initialised classifier beside `like`; the identity for 0 classes."""
+    if num_classes == 0:
+        return nn.Identity()
+    head = nn.Linear(d_model, num_classes, device=like.device, dtype=like.dtype)
+    init_head(head)
+    return head
 
 
 @torch.no_grad()

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from svp_peft import ops
 from svp_peft.errors import InputError
-from svp_peft.vim import arguments
+from svp_peft.vim import arguments, stack
 from svp_peft.vim.adopt import adopt
 from svp_peft.vim.block import Block, RMSNorm, add_norm, drop_path, drop_rates
 from svp_peft.vim.embedding import PatchEmbed, RotaryEmbedding
-from svp_peft.vim.init import init_head, init_patches, init_stack, new_embedding
+from svp_peft.vim.init import init_head, init_patches, init_stack, new_embedding, new_head
 from svp_peft.vim.mixer import VimMixer
 
 POOL_TYPES = ("none", "mean", "max", "all")
@@ -160,6 +161,7 @@ class VisionMamba(nn.Module):
         self.use_middle_cls_token = use_middle_cls_token
         self.num_tokens = (2 if use_double_cls_token else 1) if if_cls_token else 0
         self.grad_checkpointing = False
+        self.stack_cache = ops.Cache()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
 
         self.patch_embed = PatchEmbed(img_size, patch_size, stride, channels, embed_dim, **factory)
@@ -174,7 +176,8 @@ class VisionMamba(nn.Module):
         if if_rope:
             grid = self._rotary_grid()
             self.rope = RotaryEmbedding(embed_dim, grid, pt_hw_seq_len, device=device)
-        self.head = nn.Linear(embed_dim, num_classes, **factory) if num_classes else nn.Identity()
+        head = nn.Linear(embed_dim, num_classes, **factory) if num_classes else nn.Identity()
+        self.head: nn.Module = head
 
         def new_norm() -> nn.Module:
             kind = RMSNorm if rms_norm else nn.LayerNorm
@@ -261,13 +264,7 @@ class VisionMamba(nn.Module):
         if global_pool is not None:
             self.final_pool_type = global_pool
         self.num_classes = num_classes
-        like = self.norm_f.weight
-        self.head = (
-            nn.Linear(self.embed_dim, num_classes, device=like.device, dtype=like.dtype)
-            if num_classes
-            else nn.Identity()
-        )
-        init_head(self.head)
+        self.head = new_head(self.embed_dim, num_classes, self.patch_embed.proj.weight)
 
     def forward(
         self,
@@ -353,7 +350,11 @@ class VisionMamba(nn.Module):
         hidden: Tensor = tokens
         residual: Tensor | None = None
         if not self.if_bidirectional:
-            for block in self.layers:
+            for index, block in enumerate(self.layers):
+                if index == 1:  # the first block has no residual stream to add to
+                    together = stack.run(self, hidden, residual, inference_params)
+                    if together is not None:
+                        return together
                 hidden, residual = self._rotate(hidden, residual, flipped)
                 hidden, residual = self._call(block, hidden, residual, inference_params)
             return hidden, residual

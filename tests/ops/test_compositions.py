@@ -201,7 +201,7 @@ def test_add_norm_equals_the_reference_with_every_gradient(rms, with_residual):
 @pytest.mark.parametrize("keep", [0, 10**9], ids=["recompute", "keep"])
 @pytest.mark.parametrize("skip", [(), (2,), (0, 4)])
 def test_prompt_equals_the_formula_with_every_gradient(skip, keep, monkeypatch):
-    monkeypatch.setattr(prompt_op, "_KEEP_PRE_ACTIVATIONS", keep)
+    monkeypatch.setattr(prompt_op, "KEEP_PRE_ACTIVATIONS", keep)
     torch.manual_seed(5)
 
     def leaf(*shape: int) -> torch.Tensor:

@@ -15,7 +15,8 @@ from svp_peft.errors import InputError
 from svp_peft.ops import cuda, mixer_passes
 from svp_peft.ops.cuda import conv_projected, kernels
 from svp_peft.ops.cuda.nvrtc import Nvrtc, find_nvrtc
-from svp_peft.ops.types import MixerWeights, ScanNeeds
+from svp_peft.ops.cuda.stack_kernels import StackKernels
+from svp_peft.ops.types import Cache, FrozenBlock, MixerWeights, PromptWeights, ScanNeeds
 from tests.ops.cuda_cases import EVERY_GRADIENT, scan_case
 
 ARCHITECTURES = ("sm_80", "sm_90")
@@ -24,7 +25,7 @@ _MODULES = [
     importlib.import_module(f"svp_peft.ops.cuda.{name}")
     for name in (
         "conv", "norm", "prompt", "scan", "scan_backward", "joint_prompt", "frozen_mixer",
-        "conv_projected", "prompt_rows",
+        "conv_projected", "prompt_rows", "prompter_copies", "stack_kernels", "wide",
     )
 ]  # fmt: skip
 
@@ -184,7 +185,7 @@ def test_the_norms_and_prompts_compile(nvrtc: Nvrtc, recorded: list[tuple[Any, .
 def test_the_joint_prompts_compile(
     nvrtc: Nvrtc, recorded: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_MODULES[5], "_WIDE_PRODUCTS", False)  # those are for CUDA tensors
+    monkeypatch.setattr(_MODULES[11], "WIDE_PRODUCTS", False)  # those are for CUDA tensors
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     weights = (64, 64), (64,), (16, 64), (16,), (64, 16), (64,), (64,), (64,)
     tensors = [torch.randn(shape, requires_grad=True) for shape in weights]
@@ -193,6 +194,28 @@ def test_the_joint_prompts_compile(
         for keep in (False, True):
             cuda.joint_prompt(x, tensors, (3,), torch.bfloat16, keep, None).sum().backward()
     assert "pack" in {source for source, *_ in recorded}
+    _compile_all(nvrtc, recorded)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("width", [64, 384])
+def test_what_lies_between_two_mixers_of_a_stack_compiles(
+    width: int, bias: bool, nvrtc: Nvrtc, recorded: list[tuple[Any, ...]]
+) -> None:
+    row = torch.ones(width)
+    projections = (row.expand(width, width), row, row.expand(16, width), row[:16],
+                   row.expand(width, 16), row)  # fmt: skip
+    prompt = PromptWeights(projections, row[None], 0, row[None], 0, (3,))
+    block = FrozenBlock(None, Cache(), 1.0, row, row if bias else None, 1e-5, not bias, 0.0, prompt)  # type: ignore[arg-type]
+    x, residual = torch.randn(2, 7, width).bfloat16(), torch.randn(2, 7, width)
+    launches = StackKernels(x, residual, [block])
+    joint = torch.randn(14, width + 16).bfloat16()
+    for mask in ((0, 1.0), (8, 2.0)):
+        launches.add_norm(0, x, residual, mask)
+        launches.prompt_norm(0, x, joint, x, residual, mask)
+        launches.add_norm_backward(0, x, residual, residual, mask, residual)
+    partial = torch.empty(launches.partial_sums, 4, width)
+    launches.prompt_backward(0, x, joint, x, partial)
     _compile_all(nvrtc, recorded)
 
 
@@ -255,7 +278,7 @@ def test_two_scans_of_one_direction_are_refused_in_our_words(
 def test_every_source_is_compiled_by_these_tests() -> None:
     covered = {
         "scan_forward", "scan_forward_chunked", "scan_backward", "scan_backward_fast", "reduce",
-        "conv", "conv_backward_projected", "norm", "pack", "prompt", "prompt_rows",
+        "conv", "conv_backward_projected", "norm", "pack", "prompt", "prompt_norm", "prompt_rows",
     }  # fmt: skip
     assert set(kernels.sources()) == covered
 

@@ -3,13 +3,15 @@
 float32, bfloat16 and float16 on NVIDIA GPUs of compute capability 8.0 and newer; state and sums in
 float32. The files: `*.cu` kernels and `*.cuh` what they share; nvrtc.py the compiler, disk_cache.py
 its results on disk, driver.py loading and launching, kernels.py the three together; scan.py,
-scan_backward.py, conv.py, norm.py, prompt.py choose kernels and lay out arguments.
+scan_backward.py, conv.py, norm.py, prompt.py choose kernels and lay out arguments; frozen_mixer.py,
+joint_prompt.py and frozen_stack.py put them together.
 """
 
 import torch
 
 from svp_peft.ops.cuda.conv import conv_silu, conv_silu_backward
 from svp_peft.ops.cuda.frozen_mixer import frozen_mixer
+from svp_peft.ops.cuda.frozen_stack import frozen_stack
 from svp_peft.ops.cuda.joint_prompt import joint_prompt
 from svp_peft.ops.cuda.kernels import unavailable_reason
 from svp_peft.ops.cuda.norm import add_norm, add_norm_backward
@@ -24,6 +26,7 @@ __all__ = [
     "conv_silu",
     "conv_silu_backward",
     "frozen_mixer",
+    "frozen_stack",
     "joint_prompt",
     "prompt",
     "prompt_backward",

@@ -4,25 +4,22 @@
     inner            = middle U^T + d
     out              = x + alpha * SiLU(cross) + beta * SiLU(inner)
 
-Symbols as in `svp_peft.ops.svp_prompt`. The trained weights are in float32 and change at every
-step; their copies in the compute dtype lie side by side in one buffer, which one launch fills.
+Symbols as in `svp_peft.ops.svp_prompt`.
 """
 
-import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from svp_peft.ops.cuda.kernels import CPP_TYPE, Kernel, multiprocessors
+from svp_peft.ops.cuda.kernels import multiprocessors
 from svp_peft.ops.cuda.layout import device_index
 from svp_peft.ops.cuda.prompt import _kernel_for, _rows_of_block
+from svp_peft.ops.cuda.prompter_copies import Copies, Packed
+from svp_peft.ops.cuda.wide import wide_product
 from svp_peft.ops.derivatives import refuse_second
 from svp_peft.ops.types import Cache
-
-# torch 2.8 and newer write a product of halves in float32 without a pass of its own
-_WIDE_PRODUCTS = "dtype" in torch.ops.aten.mm.overloads()
 
 
 def joint_prompt(
@@ -47,80 +44,19 @@ def joint_prompt(
     return _JointPrompt.apply(x, *tensors, packed, skip, dtype, keep)  # type: ignore[no-any-return]
 
 
-class _Packed(NamedTuple):
-    """Copies in the compute dtype: [W | D], its bias, U, its bias."""
-
-    joint: Tensor
-    joint_bias: Tensor
-    up: Tensor
-    up_bias: Tensor
-
-
-class _Copies:
-    """Copies of one block's weights, written anew for every forward pass.
-
-    A kernel of ours writes them, always: an optimizer may change weights behind the back of their
-    version counters (in a captured graph, through `.data`), and a pass over a few hundred kilobytes
-    costs less than finding out. It does not count as a change to autograd either, so that two
-    forward passes may come before their backward passes.
-    """
-
-    def __init__(self, weights: Sequence[Tensor], dtype: torch.dtype) -> None:
-        self.weights, self.dtype = tuple(weights), dtype
-        self.addresses = tuple(w.data_ptr() for w in weights)
-        cross, _, down, _, up, _ = weights
-        width, bottleneck = cross.shape[0], down.shape[0]
-        rows = width + bottleneck
-        sizes = [-(-n // 8) * 8 for n in (rows * width, rows, up.numel(), width)]  # 16-byte starts
-        buffer = cross.new_empty(sum(sizes), dtype=dtype)
-        joint, joint_bias, up_copy, up_bias = buffer.split(sizes)
-        self.packed = _Packed(
-            joint[: rows * width].view(rows, width),
-            joint_bias[:rows],
-            up_copy[: up.numel()].view_as(up),
-            up_bias[:width],
-        )
-        begins = (
-            0,
-            sizes[0],
-            width * width,
-            sizes[0] + width,
-            sizes[0] + sizes[1],
-            sizes[0] + sizes[1] + sizes[2],
-        )
-        counts = tuple(w.numel() for w in weights)
-        self._arguments = (*self.addresses, buffer.data_ptr(), *begins, *counts)
-        self._grid = (-(-max(counts) // 256), 6, 1)
-        self._kernel = _pack_kernel(device_index(cross), CPP_TYPE[dtype], CPP_TYPE[cross.dtype])
-
-    def is_for(self, weights: Sequence[Tensor], dtype: torch.dtype) -> bool:
-        return dtype == self.dtype and self.addresses == tuple([w.data_ptr() for w in weights])
-
-    def renewed(self) -> _Packed:
-        """The copies, equal to the weights as they are now."""
-        self._kernel(self._grid, *self._arguments)
-        return self.packed
-
-
-@functools.cache
-def _pack_kernel(device: int, act: str, weight: str) -> Kernel:
-    macros = {"ACT": act, "W_T": weight}
-    return Kernel("pack", "pack_prompters", macros, "7Q12i", device, threads=256)
-
-
-def _packed(weights: Sequence[Tensor], dtype: torch.dtype, cache: Cache | None) -> _Packed:
-    copies: _Copies | None = None if cache is None else cache.prepared
-    if copies is None or not copies.is_for(weights, dtype):
+def _packed(weights: Sequence[Tensor], dtype: torch.dtype, cache: Cache | None) -> Packed:
+    copies: Copies | None = None if cache is None else cache.prepared
+    if copies is None or not copies.is_for((weights,), dtype):
         # a buffer made in inference mode could not be used for training
         with torch.inference_mode(False), torch.no_grad():
-            copies = _Copies([w.detach() for w in weights], dtype)
+            copies = Copies([[w.detach() for w in weights]], dtype)
         # what is allocated under capture belongs to the graph's pool
         if cache is not None and not torch.cuda.is_current_stream_capturing():
             cache.prepared = copies
-    return copies.renewed()
+    return copies.renewed()[0]
 
 
-def _pre_activations(rows: Tensor, packed: _Packed, width: int) -> tuple[Tensor, Tensor]:
+def _pre_activations(rows: Tensor, packed: Packed, width: int) -> tuple[Tensor, Tensor]:
     """[cross | middle] (tokens, d_model + bottleneck) and inner (tokens, d_model)."""
     joint = torch.addmm(packed.joint_bias, rows, packed.joint.t())
     return joint, torch.addmm(packed.up_bias, joint[:, width:], packed.up.t())
@@ -169,7 +105,7 @@ class _JointPrompt(torch.autograd.Function):
         if len(tensors) > 8:
             joint, inner = tensors[8:]
         else:
-            packed = _Packed(joint_weight, joint_bias, up, up_bias)
+            packed = Packed(joint_weight, joint_bias, up, up_bias)
             joint, inner = _pre_activations(rows, packed, width)
         row = joint.shape[1]
         flat = (grad if grad.dtype == dtype else grad.to(dtype)).reshape(-1, width)
@@ -196,11 +132,13 @@ class _JointPrompt(torch.autograd.Function):
             d_x = grad + torch.mm(d_joint, joint_weight).view(x.shape).to(x.dtype)
         d_cross = d_down = d_down_bias = d_up = None
         if need[0] or need[2]:
-            d_cross, d_down = _wide(d_joint.t(), rows, tensors[0]).split((width, row - width))
+            d_cross, d_down = wide_product(d_joint.t(), rows, tensors[0].dtype).split(
+                (width, row - width)
+            )
         if need[3]:  # the sum of d_middle = d_inner U over the tokens, with that of d_inner
             d_down_bias = torch.mv(tensors[4].t(), sums[3].to(tensors[4].dtype))
         if need[4]:
-            d_up = _wide(d_inner.t(), joint[:, width:], tensors[4])
+            d_up = wide_product(d_inner.t(), joint[:, width:], tensors[4].dtype)
         d_alpha, d_beta, d_cross_bias, d_up_bias = sums.unbind(0)
         found = (
             d_cross, d_cross_bias, d_down, d_down_bias, d_up, d_up_bias, d_alpha, d_beta,
@@ -210,12 +148,3 @@ class _JointPrompt(torch.autograd.Function):
             for g, t, wanted in zip(found, tensors[:8], need, strict=True)
         ]
         return (d_x, *gradients, None, None, None, None)
-
-
-def _wide(a: Tensor, b: Tensor, like: Tensor) -> Tensor:
-    """a @ b in the dtype of `like`."""
-    if a.dtype == like.dtype:
-        return torch.mm(a, b)
-    if _WIDE_PRODUCTS and like.dtype == torch.float32:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return torch.mm(a, b).to(like.dtype)

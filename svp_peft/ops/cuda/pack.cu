@@ -1,21 +1,23 @@
-// The six weights of a block's prompters, converted and laid side by side for the products:
-// [W | D] and its bias, U and its bias, each at an offset that keeps it aligned.
+// The six weights of the prompters of some blocks, converted and laid side by side for the products:
+// per block [W | D] and its bias, U and its bias, each at an offset that keeps it aligned.
 //
-// Macros: ACT (of the copies), W_T (of the weights).
+// Macros: ACT (of the copies), W_T (of the weights), BLOCKS.
 #include "common.cuh"
 
 struct Args {
-  const W_T* weight[6];  // W, b, D, c, U, d
+  const W_T* weight[BLOCKS][6];  // W, b, D, c, U, d
   ACT* out;
-  int begin[6];          // offset of each in `out`
+  int begin[6];                  // offset of each in a block's share of `out`
   int count[6];
+  int share;                     // elements of `out` per block
 };
 static_assert(sizeof(Args) == ARGS_BYTES, "the launcher packs exactly these fields");
 
 extern "C" __global__ void __launch_bounds__(256) pack_prompters(const __grid_constant__ Args args) {
-  const int i = blockIdx.x * 256 + threadIdx.x;
+  const int i = blockIdx.x * 256 + threadIdx.x, block = blockIdx.z;
+  ACT* out = args.out + (i64)block * args.share;
 #pragma unroll
   for (int k = 0; k < 6; k++)
     if (blockIdx.y == k && i < args.count[k])
-      narrow(widen(args.weight[k][i]), args.out[args.begin[k] + i]);
+      narrow(widen(args.weight[block][k][i]), out[args.begin[k] + i]);
 }

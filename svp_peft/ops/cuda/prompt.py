@@ -124,6 +124,11 @@ def _kernel_for(
     return kernel, pack
 
 
+def _is_skipped(skip: Sequence[int]) -> str:
+    """The C++ expression for "token t is a class token"."""
+    return "||".join(f"(t)=={position}" for position in skip) or "false"
+
+
 @functools.cache
 def _kernel(
     entry: str,
@@ -141,7 +146,7 @@ def _kernel(
         "PACK": pack,
         "HAS_CROSS": has_cross,
         "HAS_INNER": has_inner,
-        "IS_SKIPPED(t)": "||".join(f"(t)=={position}" for position in skip) or "false",
+        "IS_SKIPPED(t)": _is_skipped(skip),
     }
     threads = 256 if entry == "prompt_forward" else _threads_of_block(width // pack)
     return Kernel("prompt", entry, macros, _LAYOUT, device, threads=threads)

@@ -85,9 +85,7 @@ def emulated_gpu(patch: pytest.MonkeyPatch, cache: Path) -> Iterator[EmulatedGpu
     patch.setattr(kernels, "find_nvrtc", lambda: nvrtc)
     patch.setattr(kernels, "find_driver", lambda: driver)
     patch.setattr(cuda, "unavailable", lambda _: None)
-    patch.setattr(
-        importlib.import_module("svp_peft.ops.cuda.joint_prompt"), "_WIDE_PRODUCTS", False
-    )
+    patch.setattr(importlib.import_module("svp_peft.ops.cuda.wide"), "WIDE_PRODUCTS", False)
     patch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
     patch.setattr(torch.cuda, "current_device", lambda: 0)
     patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
