@@ -1,6 +1,7 @@
 """Every loader on a miniature of its data set, and what happens when files are wrong."""
 
 import json
+import random
 import shutil
 from pathlib import Path
 
@@ -19,11 +20,12 @@ from images import (
     decoded,
     read_image,
 )
-from PIL import Image
+from PIL import Image, ImageFilter
 from recipes import HTA, VTAB
 from sources import DOWNLOADS
 from splits import DataError, Split, hold_out
 from timm.data.auto_augment import RandAugment
+from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision.datasets import cifar
 
 from tests.miniatures import (
@@ -348,6 +350,43 @@ def test_random_augmentation_follows_the_seed(tmp_path: Path):
             runs.append(next(iter(loader))[0])
         assert torch.equal(runs[0], runs[1])
         assert not torch.equal(runs[0], runs[2])
+
+
+def test_what_is_drawn_for_an_image_does_not_depend_on_the_number_of_workers(tmp_path: Path):
+    split = _split_of_files(tmp_path, 12)
+    data = build_data(split, "reference", 16, torch.device("cpu"), training=True)
+    order = Order(12, seed=0)
+    runs = []
+    for workers in (1, 2):
+        loader = build_loader(data, order, 4, workers, drop_last=True)
+        for order.epoch in (0, 1):
+            set_seed(order.epoch)
+            runs.append(torch.cat([images for images, _ in loader]))
+            if order.epoch == 0:
+                # what was read ahead of an epoch that ended early is not the next one's
+                next(iter(loader))
+    assert torch.equal(runs[0], runs[2])
+    assert torch.equal(runs[1], runs[3])
+
+
+@pytest.mark.parametrize("as_array", [True, False])
+def test_a_random_crop_is_the_one_that_timm_cuts_and_pillow_resizes(as_array: bool):
+    rng = np.random.default_rng(0)
+    noise = Image.fromarray(rng.integers(0, 256, (375, 500, 3), dtype=np.uint8))
+    # as sharp as a photograph: where values leave 0..255 in between, orders of rounding differ
+    image = noise.filter(ImageFilter.GaussianBlur(1.5))
+    ours = build_transform("reference", 224, training=True).transforms[0]
+    timms = RandomResizedCropAndInterpolation(224, interpolation="bicubic")
+    assert (ours.scale, ours.ratio) == (timms.scale, pytest.approx(timms.ratio, abs=1e-4))
+    ours.ratio = timms.ratio
+    for seed in range(20):
+        cuts = []
+        for crop, source in ((ours, np.asarray(image) if as_array else image), (timms, image)):
+            random.seed(seed)
+            cuts.append(np.asarray(crop(source)).astype(int))
+        # both round after each of two passes, with weights of another precision
+        assert np.abs(cuts[0] - cuts[1]).max() <= 2
+        assert np.abs(cuts[0] - cuts[1]).mean() < 0.2
 
 
 def test_every_random_augmentation_works_at_full_strength():
