@@ -203,8 +203,8 @@ def test_what_lies_between_two_mixers_of_a_stack_compiles(
     width: int, bias: bool, nvrtc: Nvrtc, recorded: list[tuple[Any, ...]]
 ) -> None:
     row = torch.ones(width)
-    projections = (row.expand(width, width), row, row.expand(16, width), row[:16],
-                   row.expand(width, 16), row)  # fmt: skip
+    projections = (torch.ones(width, width), row, torch.ones(16, width), row[:16],
+                   torch.ones(width, 16), row)  # fmt: skip
     prompt = PromptWeights(projections, row[None], 0, row[None], 0, (3,))
     block = FrozenBlock(None, Cache(), 1.0, row, row if bias else None, 1e-5, not bias, 0.0, prompt)  # type: ignore[arg-type]
     x, residual = torch.randn(2, 7, width).bfloat16(), torch.randn(2, 7, width)
