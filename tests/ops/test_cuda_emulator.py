@@ -304,12 +304,12 @@ def test_an_instruction_that_is_not_emulated_is_named() -> None:
 DAMAGED = {
     "no wait for the copies": ("copies_wait<0>();\n    __syncwarp();", "__syncwarp();"),
     "no barrier after the widened rows": (
-        "if (s > TILE) finish_load(slot ^ 1);\n    __syncthreads();",
-        "if (s > TILE) finish_load(slot ^ 1);",
+        "if (s > 0) finish_load();\n    __syncthreads();",
+        "if (s > 0) finish_load();",
     ),
     "no barrier before the sums are added up": (
-        "    __syncthreads();\n    if (writes_dz)",
-        "    if (writes_dz)",
+        "    __syncthreads();\n    if constexpr (NEED_C)",
+        "    if constexpr (NEED_C)",
     ),
 }
 

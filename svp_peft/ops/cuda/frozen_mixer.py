@@ -21,7 +21,13 @@ from svp_peft.ops.cuda.conv import _grid, _kernel_for
 from svp_peft.ops.cuda.conv_projected import projected_launch, supports
 from svp_peft.ops.cuda.layout import device_index, parameters, pointers
 from svp_peft.ops.cuda.scan import forward_launch, gather
-from svp_peft.ops.cuda.scan_backward import _TILE, _fast_kernel, _fast_warps, _reduce_kernel
+from svp_peft.ops.cuda.scan_backward import (
+    _STASHED,
+    _TILE,
+    _fast_kernel,
+    _fast_warps,
+    _reduce_kernel,
+)
 from svp_peft.ops.derivatives import refuse_second
 from svp_peft.ops.types import MixerWeights, ScanNeeds
 
@@ -250,7 +256,7 @@ class _Shape:
         self._reduce_grid = (-(-threads // 256), 1, 1)
         tiles = -(-length // _TILE)
         self._workspace = self.directions * batch * tiles * _TILE
-        self._workspace *= 2 * self.channels
+        self._workspace *= _STASHED * self.channels
         self._partial = self._parts * self.directions * self.tokens * state
 
     def _two(self, base: int, elements: int) -> tuple[int, int]:

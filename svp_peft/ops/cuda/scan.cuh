@@ -17,6 +17,7 @@ constexpr bool EXACT = is_float32<ACT>::value;
 constexpr int TILE = 8;                          // time steps that are loaded at once
 constexpr int CHANNELS = 32;                     // per warp
 constexpr int TILE_ELEMENTS = TILE * CHANNELS;
+constexpr int DT_PITCH = 36;                     // floats: 4 apart modulo 32 spreads the banks
 constexpr int RANK_PADDED = (RANK + 15) / 16 * 16;
 constexpr int RANK_PITCH = RANK_PADDED + 8;      // 8 apart: fragment loads without bank conflicts
 
@@ -41,6 +42,13 @@ DEVICE float decay_rate(const A_T* A, i64 index) {
 DEVICE float step_size(float raw) {
   if constexpr (SOFTPLUS) return softplus<EXACT>(raw);
   return raw;
+}
+
+// Eight 16-bit numbers side by side in shared memory.
+template <class T> DEVICE void widen_eight(float* to, const T* from) {
+  const Pack<u32, 4> pairs = *(const Pack<u32, 4>*)from;
+#pragma unroll
+  for (int j = 0; j < 4; j++) widen_pair(T{}, pairs.v[j], to[2 * j], to[2 * j + 1]);
 }
 
 #if RANK > 0
@@ -72,7 +80,7 @@ struct StepProjection {
     const bool present = HAS_BIAS && first_channel + lane < channels;
     bias[lane] = present ? widen(b[first_channel + lane]) : 0.f;
   }
-  // rows: TILE rows of RANK_PITCH elements; dt: TILE rows of 33 floats
+  // rows: TILE rows of RANK_PITCH elements; dt: TILE rows of DT_PITCH floats
   DEVICE void run(const ACT* rows, float* dt, int lane) const {
     const int g = lane / 4, q = lane % 4;
     const u32* words = (const u32*)rows + g * (RANK_PITCH / 2) + q;
@@ -87,7 +95,7 @@ struct StepProjection {
       }
 #pragma unroll
       for (int j = 0; j < 4; j++)
-        dt[(2 * q + j % 2) * 33 + m * 16 + g + j / 2 * 8] = step_size(c[j]);
+        dt[(2 * q + j % 2) * DT_PITCH + m * 16 + g + j / 2 * 8] = step_size(c[j]);
     }
   }
 };
@@ -96,3 +104,43 @@ DEVICE void clear_rank_padding(ACT* rows, int lane) {
   for (int i = lane; i < TILE * RANK_PITCH; i += 32) rows[i] = ACT{0};
 }
 #endif
+
+// ------------------------------------------------------------ sums over the channels of a block
+// The order of states in which quad_sum takes and gives sums such that its products and those of
+// add_up have their four operands, and their results, in registers side by side.
+DEVICE constexpr int middle_swapped(int n) { return n / 4 * 4 + n % 2 * 2 + n / 2 % 2; }
+
+// Per step of a tile: 8 quads of lanes x 16 states.
+typedef float4 QuadSums[TILE][32];
+
+// Where the sums of a quad over states 4q .. 4q + 3 wait: so that neither those who write a step nor
+// those who add it up meet in a bank.
+DEVICE int place_of(int quad, int q) { return quad * 4 + (q ^ (quad & 2)); }
+
+// Adds the 8 quads x COUNT warps of every step and state of a tile, two steps at a time on the
+// tensor cores: a row is one of two states of a step, a column one of two pairs, and the quads are
+// summed over. This swaps the middle two of four states, and so undoes `middle_swapped`. To halves it
+// adds what tf32 cuts off; the coarser bf16 does not notice.
+// to: where the warp's first two steps have their sums; exists: how many steps of the tile do.
+template <int COUNT>
+DEVICE void add_up(const QuadSums* sums, float* to, int step_stride, int exists,
+                   const Selector& one, int warp, int lane) {
+  const int half = lane / 16, quarter = lane / 4 % 4, quad = lane % 4;
+#pragma unroll
+  for (int turn = 0; turn < 4 / COUNT; turn++) {
+    const int i = turn * COUNT * 2;
+    float c[4] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+    for (int w = 0; w < COUNT; w++) {
+      const float4* rows = sums[w][i + warp * 2 + half];
+#pragma unroll
+      for (int j = 0; j < 8; j += 4) {
+        const float4 v = rows[place_of(quad + j, quarter)];
+        add_selected<is_fp16<ACT>::value>(c, v.x, v.y, v.z, v.w, one.e[0], one.e[1]);
+      }
+    }
+    if (quad == 0 && quarter * 4 < D_STATE && i + warp * 2 + half < exists)
+      *(Pack<u32, 4>*)(to + i * step_stride) = {__float_as_uint(c[0]), __float_as_uint(c[1]),
+                                                __float_as_uint(c[2]), __float_as_uint(c[3])};
+  }
+}

@@ -15,6 +15,7 @@ from svp_peft.ops.types import ScanGrads, ScanNeeds
 
 _Macros = tuple[tuple[str, object], ...]
 _TILE = 8
+_STASHED = 3  # floats that the first sweep leaves per step and channel
 _EXACT_LAYOUT = INPUTS_LAYOUT + "2Q5Q2QQ3Qi4x"
 _FAST_LAYOUT = INPUTS_LAYOUT + "2Q5Q2Q2Q3Qi4x"
 
@@ -153,7 +154,7 @@ class _Buffers:
         self.dbias = floats(need.dt_bias, batch, directions, channels)
         tiles = -(-length // _TILE)
         if fast:
-            stash = floats(True, directions, batch, tiles * _TILE, channels, 2)
+            stash = floats(True, directions, batch, tiles * _TILE, channels, _STASHED)
             keeps = need.A or need.dt_bias
             states = floats(keeps, directions, batch, tiles, d_state + 1, channels)
             self.workspace: tuple[Tensor | None, ...] = (stash, states)
@@ -258,13 +259,14 @@ def _fast_kernel(device: int, macros: _Macros, need: ScanNeeds, workers: int) ->
     known |= {"WARPS": workers, "BLOCKS_PER_SM": 12 // workers, "UNROLL": 2}
     d_state, rank = int(str(known["D_STATE"])), int(str(known["RANK"]))
     tile = _TILE * 32 * 2
-    padded = -(-rank // 16) * 16
-    first = (tile if need.z else 16) + (_TILE * (padded + 8) * 2 if rank else tile)
-    stage = 2 * tile + (tile if known["HAS_Z"] else 16) + max(first, _TILE * 32 * 8)
+    padded, plane = -(-rank // 16) * 16, _TILE * 36 * 4
+    stage = 2 * tile + (tile if known["HAS_Z"] else 16) + (tile if need.z else 16)
+    stage += _TILE * (padded + 8) * 2 if rank else tile
     projection = 2 * padded // 16 * 32 * 16 + 32 * 4 if rank else 0
-    warp = 2 * stage + projection + _TILE * 33 * 4
-    block = 4 * _TILE * d_state * 2 + 2 * _TILE * d_state * 4
-    shared = block + workers * (warp + _TILE * 33 * 16)
+    first = 2 * stage + projection + 2 * plane
+    second = 2 * (tile + _TILE * 32 * 12) + plane
+    sums = _TILE * 32 * 16
+    shared = workers * (max(first, second) + sums) + 2 * _TILE * d_state * (2 + 4)
     known["SHARED_BYTES"] = shared
     return Kernel(
         "scan_backward_fast",

@@ -48,7 +48,7 @@ struct alignas(16) Warp {
 #if RANK > 0
   StepProjection projection;
 #endif
-  float dt[TILE * 33];
+  float dt[TILE * DT_PITCH];
 };
 
 // One warp's walk. One copy of the code serves both directions: two would not fit the instruction
@@ -90,6 +90,12 @@ struct Walk {
       rate[n] = active ? decay_rate(in.A[direction], (i64)channel * D_STATE + n) : 0.f;
       h[n] = 0.f;
     }
+    walk_u.start(u, in.u_row, back, lane);
+    walk_dt.start(dt, in.dt_row, back, lane);
+    walk_B.start(B, in.b_row, back, lane);
+    walk_C.start(C, in.c_row, back, lane);
+    if constexpr (HAS_Z) walk_z.start(z, in.z_row, back, lane);
+    if constexpr (DIRECTIONS == 2) walk_out.start(out, channels, back, lane);
     skip = HAS_D && active ? widen(in.D[direction][channel]) : 0.f;
     bias = elapsed = 0.f;
 #if RANK > 0
@@ -102,34 +108,23 @@ struct Walk {
 #endif
   }
 
-  // Where a phase starts: from here the addresses only move along.
-  DEVICE void start(int s) {
-    walk_u.start(u, in.u_row, s, 1, length, back, lane);
-    walk_dt.start(dt, in.dt_row, s, 1, length, back, lane);
-    walk_B.start(B, in.b_row, s, 1, length, back, lane);
-    walk_C.start(C, in.c_row, s, 1, length, back, lane);
-    if constexpr (HAS_Z) walk_z.start(z, in.z_row, s, 1, length, back, lane);
-    if constexpr (DIRECTIONS == 2) walk_out.start(out, channels, s, 1, length, back, lane);
-  }
   template <Phase PHASE> DEVICE void load(Stage& to, int s) {
-    const int rows = length - s;
-    walk_u.load(to.u, s, 1, 0, rows, length, lane, valid);
+    walk_u.load(to.u, s, length, lane, valid);
 #if RANK > 0
-    walk_dt.load(to.low, s, 1, 0, rows, length, lane);
+    walk_dt.load(to.low, s, length, lane);
 #else
-    walk_dt.load(to.raw_dt, s, 1, 0, rows, length, lane, valid);
+    walk_dt.load(to.raw_dt, s, length, lane, valid);
 #endif
-    walk_B.load(to.B, s, 1, 0, rows, length, lane);
-    if constexpr (PHASE != STATE) walk_C.load(to.C, s, 1, 0, rows, length, lane);
-    if constexpr (PHASE == MEET && HAS_Z) walk_z.load(to.z, s, 1, 0, rows, length, lane, valid);
+    walk_B.load(to.B, s, length, lane);
+    if constexpr (PHASE != STATE) walk_C.load(to.C, s, length, lane);
+    if constexpr (PHASE == MEET && HAS_Z) walk_z.load(to.z, s, length, lane, valid);
     if constexpr (PHASE == MEET && DIRECTIONS == 2)
-      walk_out.load(to.partner, s, 1, 0, rows, length, lane, valid);
+      walk_out.load(to.partner, s, length, lane, valid);
     copies_commit();
   }
 
   // Steps begin .. end - 1.
   template <Phase PHASE> DEVICE void run(int begin, int end) {
-    start(begin);
     if (begin < end) load<PHASE>(self.stage[0], begin);
     for (int s = begin, current = 0; s < end; s += TILE, current ^= 1) {
       if (s + TILE < end) {
@@ -153,15 +148,15 @@ struct Walk {
 #else
 #pragma unroll
       for (int i = 0; i < TILE; i++)
-        self.dt[i * 33 + lane] = step_size(widen(stage.raw_dt[i * CHANNELS + lane]) + bias);
+        self.dt[i * DT_PITCH + lane] = step_size(widen(stage.raw_dt[i * CHANNELS + lane]) + bias);
       __syncwarp();
 #endif
       const int inside = end - s;  // a step of size 0 leaves the state as it is
-      for (int i = inside; i < TILE; i++) self.dt[i * 33 + lane] = 0.f;
+      for (int i = inside; i < TILE; i++) self.dt[i * DT_PITCH + lane] = 0.f;
 #pragma unroll(STEPS)
       for (int i = 0; i < TILE; i++) {
         const int k = i * CHANNELS + lane;
-        const float x = widen(stage.u[k]), d = self.dt[i * 33 + lane], dx = d * x;
+        const float x = widen(stage.u[k]), d = self.dt[i * DT_PITCH + lane], dx = d * x;
         if constexpr (PHASE == STATE) {
           elapsed += d;
 #pragma unroll

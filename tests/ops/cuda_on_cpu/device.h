@@ -99,6 +99,21 @@ static inline ptrdiff_t __cvta_generic_to_shared(const void* p) {
 static inline void ptx_cvt_f32_f16(float& to, uint16_t from) { to = emulator::from_fp16(from); }
 static inline void ptx_cvt_rn_bf16_f32(uint16_t& to, float from) { to = emulator::to_bf16(from); }
 static inline void ptx_cvt_rn_f16_f32(uint16_t& to, float from) { to = emulator::to_fp16(from); }
+static inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
+  const unsigned long long bytes = (unsigned long long)b << 32 | a;
+  unsigned out = 0;
+  for (int i = 0; i < 4; i++)
+    out |= (unsigned)(bytes >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+  return out;
+}
+template <class T> static inline void ptx_mov_b64(T*& to, T* from) { to = from; }
+static inline void ptx_mul_wide_s32(long long& to, int a, int b) { to = (long long)a * b; }
+static inline void ptx_cvt_rn_bf16x2_f32(uint32_t& to, float upper, float lower) {
+  to = (uint32_t)emulator::to_bf16(upper) << 16 | emulator::to_bf16(lower);
+}
+static inline void ptx_cvt_rn_f16x2_f32(uint32_t& to, float upper, float lower) {
+  to = (uint32_t)emulator::to_fp16(upper) << 16 | emulator::to_fp16(lower);
+}
 static inline void ptx_ex2_approx_ftz_f32(float& to, float x) {
   to = emulator::flushed(exp2f(emulator::flushed(x)));
 }
