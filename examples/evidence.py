@@ -169,12 +169,13 @@ def main(command: list[str] | None = None) -> dict[str, Any]:
     add = parser.add_argument
     add("--data-root", type=Path, required=True, help="see evidence_tasks.py")
     add("--output", type=Path, default=Path("runs/evidence.json"))
-    add("--devices", nargs="+", default=["cuda" if torch.cuda.is_available() else "cpu"])
-    add("--processes", type=int, default=1, help="a GPU has room for one on every core or so")
+    add("--devices", nargs="+", default=["cuda:0" if torch.cuda.is_available() else "cpu"])
+    add("--processes", type=int, default=1, help="at once, each with its own context")
     add("--tasks", nargs="+", choices=TASKS, default=TASKS)
     add("--methods", nargs="+", choices=METHODS, default=METHODS)
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--epochs", type=int, default=40)
+    add("--precision", choices=["float32", "bf16"], default="float32", help="of the products")
     add("--rates", type=int, choices=[1, 2, 3, 4], default=4, help="to try; 1: no search")
     add("--no-ablations", action="store_true")
     add("--anchors", choices=["none", "first", "only"], default="none")
@@ -191,10 +192,11 @@ def main(command: list[str] | None = None) -> dict[str, Any]:
     output: dict[str, Any] = {"rows": [], "seconds": 0.0}
     settings = {
         key: list(getattr(arguments, key)) if key in ("tasks", "seeds") else getattr(arguments, key)
-        for key in ("tasks", "seeds", "epochs", "rates")
+        for key in ("tasks", "seeds", "epochs", "rates", "precision")
     }
     if arguments.output.is_file():
         output = json.loads(arguments.output.read_text())
+        output["settings"].setdefault("precision", "float32")
         if output["settings"] != settings:
             raise SystemExit(
                 f"{arguments.output} was measured with {output['settings']}, now asked for "
@@ -227,6 +229,7 @@ def main(command: list[str] | None = None) -> dict[str, Any]:
                 arguments.devices,
                 arguments.epochs,
                 not arguments.no_graphs,
+                arguments.precision == "bf16",
                 arguments.processes,
                 begun + arguments.limit_seconds,
             ),

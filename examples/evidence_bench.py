@@ -65,6 +65,8 @@ class Bench:
     step: Tensor
     hits: Tensor
     seen: Tensor
+    half: bool = False
+    """Whether products are in bfloat16; otherwise in float32, TF32 on a GPU."""
     stream: Any = None
     graphs: dict[str, Any] = field(default_factory=dict)
 
@@ -77,7 +79,12 @@ def new_model(method: str, num_classes: int, seed: int, options: dict[str, int])
 
 
 def new_bench(
-    task: Task, method: str, options: dict[str, int], steps: int, device: torch.device
+    task: Task,
+    method: str,
+    options: dict[str, int],
+    steps: int,
+    device: torch.device,
+    half: bool = False,
 ) -> Bench:
     model = new_model(method, task.num_classes, 0, options).to(device)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -113,6 +120,7 @@ def new_bench(
         step=integers(1),
         hits=integers(1),
         seen=integers(1),
+        half=half,
         stream=torch.cuda.Stream(device) if on_gpu else None,
     )
 
@@ -133,8 +141,9 @@ def train_step(bench: Bench) -> None:
     rows = row[:, None] + along
     columns = column[:, None] + torch.where(flip[:, None] > 0, SIZE - 1 - along, along)
     pixels = bench.images[chosen[:, None, None], rows[:, :, None], columns[:, None, :]]
-    logits = bench.model(normalised(bench, pixels))
-    loss = F.cross_entropy(logits, bench.labels[chosen], label_smoothing=SMOOTHING)
+    with _precision(bench):
+        logits = bench.model(normalised(bench, pixels))
+    loss = F.cross_entropy(logits.float(), bench.labels[chosen], label_smoothing=SMOOTHING)
     loss.backward()
     rate = bench.rates.index_select(0, bench.step)[0]
     group = bench.optimizer.param_groups[0]
@@ -152,7 +161,8 @@ def eval_step(bench: Bench) -> None:
     places = bench.seen + torch.arange(EVAL_BATCH, device=bench.seen.device)
     inside = places < bench.eval_count
     places = places.clamp(max=len(bench.eval_labels) - 1)
-    logits = bench.model(normalised(bench, bench.eval_images[places]))
+    with _precision(bench):
+        logits = bench.model(normalised(bench, bench.eval_images[places]))
     bench.hits += ((logits.argmax(1) == bench.eval_labels[places]) & inside).sum()
     bench.seen += EVAL_BATCH
 
@@ -246,6 +256,12 @@ def run_together(
         with _on(bench):
             accuracies.append(bench.hits.item() / bench.eval_count.item())
     return accuracies
+
+
+def _precision(bench: Bench) -> AbstractContextManager:
+    # a cache of converted weights would outlive the recording of a graph
+    device = bench.images.device.type
+    return torch.autocast(device, torch.bfloat16, enabled=bench.half, cache_enabled=False)
 
 
 def _on(bench: Bench) -> AbstractContextManager:

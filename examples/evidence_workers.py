@@ -7,6 +7,7 @@ for recording their graphs takes seconds.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -59,6 +60,7 @@ class Settings:
     devices: list[str]
     epochs: int
     graphs: bool
+    half: bool
     processes: int
     until: float
     """No round begins after this time of `time.monotonic`."""
@@ -82,6 +84,9 @@ class Runner:
         begun = time.perf_counter()
         if asked.benches != self.kept:
             self.benches, self.starts = [], {}
+            gc.collect()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()  # the graphs' memory, which other processes may need
             self.benches, self.kept = self._new_benches(asked), asked.benches
         if asked.seed not in self.starts:
             self.starts[asked.seed] = self._initial_states(asked)
@@ -114,7 +119,10 @@ class Runner:
     def _new_benches(self, asked: Round) -> list[Bench]:
         tasks = [self.tasks[name] for name in asked.tasks]
         steps = max(self.settings.epochs * len(task.train_labels) // BATCH for task in tasks)
-        benches = [new_bench(t, asked.method, asked.options, steps, self.device) for t in tasks]
+        half = self.settings.half
+        benches = [
+            new_bench(t, asked.method, asked.options, steps, self.device, half) for t in tasks
+        ]
         if self.device.type == "cuda":
             torch.cuda.synchronize()
             for bench in benches if self.settings.graphs else ():
@@ -150,10 +158,15 @@ def choose(
         # rounds that wait for a search wait for all of its rounds
         work[benches] += max(r.followed_by for r in (*ready, *running) if r.benches == benches)
     holders = Counter(fresh)
-    # anchors first: they were asked for first; then the longest, and of equals the first
+    # anchors first: they were asked for first; then methods before ablations; then the longest, and
+    # of equals the first
     return max(
         ready,
-        key=lambda r: (r.phase == "anchor", work[r.benches] / (1 + holders[r.benches])),
+        key=lambda r: (
+            r.phase == "anchor",
+            r.method == r.label,
+            work[r.benches] / (1 + holders[r.benches]),
+        ),
     )
 
 

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.gpu
 
 def patched(depth: int = 4, **options: object) -> sp.VisionMamba:
     torch.manual_seed(0)
-    model = sp.vim_tiny(num_classes=7, depth=depth, drop_path_rate=0.0, **options).cuda()
+    model = sp.vim_small(num_classes=7, depth=depth, drop_path_rate=0.0, **options).cuda()
     sp.apply_svp(model, sp.SVPConfig(cross_group_size=2))
     with torch.no_grad():
         model.svp.alpha.normal_(std=0.3)
@@ -44,9 +44,9 @@ def called(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
 
 
 @pytest.mark.parametrize("batch", [1, 3, 24])
-@pytest.mark.parametrize("rms_norm", [True, False])
-def test_the_logits_are_the_same_to_the_bit(batch, rms_norm, called):
-    model = patched(rms_norm=rms_norm)
+@pytest.mark.parametrize("options", [{}, {"rms_norm": False}, {"embed_dim": 192}], ids=str)
+def test_the_logits_are_the_same_to_the_bit(batch, options, called):
+    model = patched(**options)
     images = torch.randn(batch, 3, 224, 224, device="cuda")
     called(True)
     run(model, images)
@@ -125,7 +125,9 @@ def test_two_forward_passes_before_their_backward_passes():
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             total = expected[0][name] + expected[1][name]
-            torch.testing.assert_close(parameter.grad, total, rtol=1e-3, atol=1e-5 * total.norm())
+            # autocast adds up the head's gradients in bfloat16
+            atol = 1e-3 * total.abs().max().item()
+            torch.testing.assert_close(parameter.grad, total, rtol=1e-2, atol=atol)
 
 
 def test_a_copied_model_has_a_stack_of_its_own():

@@ -19,7 +19,7 @@ def relative(found: torch.Tensor, exact: torch.Tensor) -> float:
 @pytest.mark.parametrize("directions", [1, 2])
 @pytest.mark.parametrize(
     ("batch", "length", "d_model", "rank", "state"),
-    [(3, 1, 32, 8, 16), (2, 2, 64, 8, 8), (1, 65, 64, 16, 16), (5, 197, 384, 24, 16)],
+    [(3, 1, 32, 8, 16), (2, 2, 64, 8, 8), (1, 65, 64, 16, 16), (5, 197, 384, 24, 16), (4, 197, 192, 12, 16)],
 )
 def test_prepared_mixer_is_as_exact_as_the_general_one(
     batch, length, d_model, rank, state, directions, keep_everything, monkeypatch

@@ -58,6 +58,7 @@ def test_the_mixer_is_right_with_every_gradient(kind: str, dtype: torch.dtype, k
         ((2, 2, 16), 8, 16, torch.bfloat16),
         ((1, 65, 32), 16, 8, torch.bfloat16),
         ((2, 37, 64), 8, 16, torch.float16),
+        ((2, 19, 32), 12, 16, torch.bfloat16),  # rows that no copy of 16 bytes fits
     ],
 )
 def test_the_prepared_mixer_is_as_exact_as_the_general_one(

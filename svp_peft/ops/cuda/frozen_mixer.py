@@ -45,8 +45,6 @@ def frozen_mixer(weights: MixerWeights, dtype: torch.dtype, scale: float) -> "Fr
         and len(weights.conv_weight) == len(weights.A_log)
         and state in (8, 16)
         and channels % 32 == 0
-        # the scan's copies of 16 bytes: the parts of a row of x_dbl start and end on them
-        and rank % 8 == 0
         and 0 < rank <= 64
     )
     # copies made while a graph is captured would hold nothing until it is replayed
@@ -61,8 +59,10 @@ class FrozenMixer:
     def __init__(self, weights: MixerWeights, dtype: torch.dtype, scale: float) -> None:
         self.weights, self.dtype, self.scale = weights, dtype, scale
         self.directions = len(weights.A_log)
-        self.rank, self.d_state = weights.dt_weight[0].shape[1], weights.A_log[0].shape[1]
-        self.channels = weights.dt_weight[0].shape[0]
+        self.channels, self._given_rank = weights.dt_weight[0].shape
+        self.d_state = weights.A_log[0].shape[1]
+        # the scan copies 16 bytes at once: the parts of a row of x_dbl start and end on them
+        self.rank = -(-self._given_rank // 8) * 8
         fields = [f if isinstance(f, tuple) else (f,) for f in weights]
         self._tensors = tuple(t for field in fields for t in field if t is not None)
         self._addresses = tuple(t.data_ptr() for t in self._tensors)
@@ -94,8 +94,9 @@ class FrozenMixer:
         copies: list[Tensor] = [
             w.in_proj_weight.to(dtype),
             w.out_proj_weight.to(dtype),
-            torch.stack([x.to(dtype) for x in w.x_proj_weight]),
-            torch.stack([x.to(dtype) for x in w.dt_weight]),
+            torch.stack([self._padded(x, 0).to(dtype) for x in w.x_proj_weight]),
+            torch.stack([self._padded(x, 1).to(dtype) for x in w.dt_weight]),
+            torch.stack([self._padded(x, 1) for x in w.dt_weight]),
         ]
         copies += [b.to(dtype) for b in (w.in_proj_bias, w.out_proj_bias) if b is not None]
         if self._copies:
@@ -103,13 +104,23 @@ class FrozenMixer:
                 old.copy_(new)
         else:
             self._copies = copies
-        self.in_proj, self.out_proj, self.x_proj, self.dt_proj, *biases = self._copies
+        self.in_proj, self.out_proj, self.x_proj, self.dt_proj, dt_weight, *biases = self._copies
+        self.dt_weight = w.dt_weight if self.rank == self._given_rank else tuple(dt_weight)
         pending = iter(biases)
         self.in_bias = next(pending) if w.in_proj_bias is not None else None
         self.out_bias = next(pending) if w.out_proj_bias is not None else None
         self.in_proj_t, self.out_proj_t = self.in_proj.t(), self.out_proj.t()
         self.x_proj_t = self.x_proj.transpose(1, 2)
         self._versions = tuple(t._version for t in self._tensors)
+
+    def _padded(self, x: Tensor, axis: int) -> Tensor:
+        """x with zeros after the first dt_rank places of an axis, up to `rank` places."""
+        missing = self.rank - self._given_rank
+        if missing == 0:
+            return x
+        low, rest = x.split([self._given_rank, x.shape[axis] - self._given_rank], axis)
+        zeros = x.new_zeros([missing if i == axis else n for i, n in enumerate(x.shape)])
+        return torch.cat([low, zeros, rest], axis)
 
     def __call__(self, hidden: Tensor, keep: int) -> Tensor:
         """The mixer's output, (batch, L, d_model) in the compute dtype; differentiable in hidden.
@@ -147,7 +158,9 @@ class FrozenMixer:
         d_gated = torch.mm(grad.to(self.dtype).reshape(-1, grad.shape[-1]), self.out_proj)
         d_xz = torch.empty_like(xz)
         d_x_dbl = torch.empty_like(x_dbl)
-        d_u, d_delta = shape.scan_backward(d_gated, u, x_dbl, xz, y, d_xz, d_x_dbl)
+        # where u is kept for another backward pass, its gradient needs a place of its own
+        d_u = torch.empty_like(u) if rest else u
+        d_delta = shape.scan_backward(d_gated, u, x_dbl, xz, y, d_xz, d_x_dbl, d_u)
         torch.bmm(d_delta, self.dt_proj, out=d_x_dbl[..., : self.rank])
         if shape.folds:
             shape.project_and_convolve_backward(d_u, d_x_dbl, self.x_proj, xz, d_xz)
@@ -239,7 +252,7 @@ class _Shape:
             tuple(x_dbl[..., :rank]),
             tuple(x_dbl[..., rank : rank + state]),
             tuple(x_dbl[..., rank + state :]),
-            z, w.A_log, w.D, w.dt_weight, w.dt_bias,
+            z, w.A_log, w.D, mixer.dt_weight, w.dt_bias,
             reverse=w.scan_reverse, softplus=True, scale=mixer.scale, A_is_log=True, fold=True,
             extra=[(u[0].data_ptr(), self.channels), (u[0].data_ptr(), self.channels)],
         )  # fmt: skip
@@ -323,22 +336,25 @@ class _Shape:
         y: Tensor,
         d_xz: Tensor,
         d_x_dbl: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """Fill the second half of d_xz and the B and C of d_x_dbl; returns d_u and d_delta."""
+        d_u: Tensor,
+    ) -> Tensor:
+        """Fill the second half of d_xz, the B and C of d_x_dbl, and d_u; returns d_delta.
+
+        d_u may be u itself: a tile is read for the last time before its gradient is written.
+        """
         each = self.tokens * self.channels
-        both = xz.new_empty((2, self.directions, self.tokens, self.channels))
+        d_delta = torch.empty_like(u)
         floats = torch.empty(
             2 * self._partial + self._workspace, device=self.device, dtype=torch.float32
         )
         parts_B = floats.data_ptr()
         parts_C = parts_B + 4 * self._partial
-        d_u = both.data_ptr()
         self._scan_backward(
             self._scan_backward_grid,
             *self._scan_activations(u, x_dbl, xz), *self._scan_tail,
             d_gated.data_ptr(), y.data_ptr(),
-            *self._two(d_u, each),
-            *self._two(d_u + 2 * each * self.directions, each),
+            *self._two(d_u.data_ptr(), each),
+            *self._two(d_delta.data_ptr(), each),
             d_xz.data_ptr() + 2 * self.channels,
             parts_B, parts_C, parts_C + 4 * self._partial, 0,
             0, 0, 0, 2 * self.channels,
@@ -350,4 +366,4 @@ class _Shape:
             parts_B, parts_C, *self._two(d_B, row), *self._two(d_B + 2 * self.d_state, row),
             self._parts, self.tokens, self.row, self.row,
         )  # fmt: skip
-        return both[0], both[1]
+        return d_delta

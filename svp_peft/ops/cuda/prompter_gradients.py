@@ -10,6 +10,9 @@ from svp_peft.ops.cuda.stack_kernels import StackKernels
 from svp_peft.ops.cuda.wide import wide_product
 from svp_peft.ops.types import PromptWeights
 
+# blocks whose partial sums are added up by one launch: at batch 96 those of a block take 2.4 MB
+_SUMMED_AT_ONCE = 6
+
 
 class PrompterGradients:
     """Filled from the last prompted block to the first, in float32.
@@ -27,7 +30,9 @@ class PrompterGradients:
         def floats(*sizes: int) -> Tensor:
             return torch.empty(len(prompts), *sizes, device=device, dtype=torch.float32)
 
-        self._partial = floats(kernels.partial_sums, 4, width)
+        sizes = (min(_SUMMED_AT_ONCE, len(prompts)), kernels.partial_sums, 4, width)
+        self._partial = torch.empty(sizes, device=device, dtype=torch.float32)
+        self._sums = floats(4, width)  # of alpha, beta, b, d
         self._joint = floats(row, width)  # of [W | D]
         self._up = floats(width, row - width)
 
@@ -49,20 +54,32 @@ class PrompterGradients:
         """
         self._left -= 1
         at, width = self._left, self._kernels.width
+        place = at % self._partial.shape[0]
         d_joint, d_inner = self._kernels.prompt_backward(
-            number, grad, joint, inner, self._partial[at]
+            number, grad, joint, inner, self._partial[place]
         )
+        if place == 0:
+            self._add_up(at)
         torch.mm(d_inner, packed.up, out=d_joint[:, width:])
         wide_product(d_joint.t(), x.view(-1, width), torch.float32, self._joint[at])
         wide_product(d_inner.t(), joint[:, width:], torch.float32, self._up[at])
         return d_joint
+
+    def _add_up(self, first: int) -> None:
+        """Sums of the blocks from `first` to the next whose partial sums were the first ones."""
+        size = self._partial.shape[0]
+        begin = first % size
+        end = min(size, begin + len(self._prompts) - first)
+        torch.sum(self._partial[begin:end], 1, out=self._sums[first : first + end - begin])
 
     def of(self, trained: Sequence[Tensor], need: Sequence[bool]) -> list[Tensor | None]:
         """The gradients of the trained tensors, those that are wanted."""
         if not trained:
             return []
         done, width = self._left, self._kernels.width
-        sums = self._partial[done:].sum(1)  # alpha, beta, b, d
+        if done % self._partial.shape[0]:
+            self._add_up(done)  # a group that was not completed
+        sums = self._sums[done:]
         found: dict[int, Tensor] = {}
         d_alpha: dict[int, Tensor] = {}
         d_beta: dict[int, Tensor] = {}

@@ -31,10 +31,10 @@ _CHUNKS = 8
 _CHUNK_CHANNELS = 8
 _LARGEST_FOLDED_RANK = 64
 # Warps per multiprocessor up to which one launch leaves it idle most of the time: measured, a token
-# costs 2.6 times as much with 2 as with 35, and 1.25 times as much with 9. In pieces it costs 1.6
+# costs 2.7 times as much with 2 as with 35, and 1.3 times as much with 9. In pieces it costs 1.6
 # times as much, by count of instructions.
 _FEW_WARPS = 4
-_MANY_WARPS = 16
+_MANY_WARPS = 16  # of pieces: what is resident at once. A few more would take as long as twice as many
 _LONG = 512  # tokens from which pieces pay for a second launch
 _SHORTEST_PIECE = 64
 
@@ -209,7 +209,7 @@ def _in_pieces(given: Inputs, save_y: bool) -> Callable[..., None] | None:
     processors = multiprocessors(given.device)
     if given.warps > _FEW_WARPS * processors or given.length < _LONG:
         return None
-    wanted = -(-_MANY_WARPS * processors // given.warps)
+    wanted = _MANY_WARPS * processors // given.warps
     tokens = max(_SHORTEST_PIECE, -(-given.length // wanted))
     tokens = -(-tokens // 8) * 8  # whole tiles
     pieces = -(-given.length // tokens)
