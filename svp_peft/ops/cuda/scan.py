@@ -34,7 +34,8 @@ _LARGEST_FOLDED_RANK = 64
 # costs 2.7 times as much with 2 as with 35, and 1.3 times as much with 9. In pieces it costs 1.6
 # times as much, by count of instructions.
 _FEW_WARPS = 4
-_MANY_WARPS = 16  # of pieces: what is resident at once. A few more would take as long as twice as many
+# of pieces: what is resident at once; a few more would take as long as twice as many
+_MANY_WARPS = 16
 _LONG = 512  # tokens from which pieces pay for a second launch
 _SHORTEST_PIECE = 64
 
