@@ -1,7 +1,8 @@
 """Pure functions on tensors: the scan, the mixer, the norm and the prompt, on any backend.
 
 `backends.py` chooses the implementation, `reference/` holds the formulas, and `cpu/`, `cuda/`,
-`triton/` and `mamba_ssm/` hold one implementation each.
+`triton/` and `mamba_ssm/` hold one implementation each. `frozen_stack` runs many frozen blocks with
+their prompts at once, on backends that can.
 """
 
 from svp_peft.ops.backends import BACKENDS, choose, get_backend, set_backend

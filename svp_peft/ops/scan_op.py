@@ -13,8 +13,15 @@ from torch import Tensor, library
 
 from svp_peft.errors import InputError
 from svp_peft.ops.backends import choose, kernels
+from svp_peft.ops.scan_passes import (
+    EagerConv,
+    EagerScan,
+    conv_backward,
+    conv_forward,
+    scan_backward,
+    scan_forward,
+)
 from svp_peft.ops.shapes import expect, expect_conv, expect_scan
-from svp_peft.ops.types import ScanNeeds
 
 
 def selective_scan(
@@ -108,12 +115,16 @@ def scan(
                 u, dt, B, C, z, A_log, D, dt_weight, dt_bias,
                 reverse=reverse, softplus=softplus, scale=scale, A_is_log=A_is_log,
             )  # fmt: skip
-    out, y = _scan(
-        list(u), list(dt), list(B), list(C), z, list(A_log), list(D or ()),
-        list(dt_weight or ()), list(dt_bias or ()),
-        list(reverse), softplus, scale, A_is_log, name,
-    )  # fmt: skip
-    return out, y
+    groups = [
+        [*group] if group else [] for group in (u, dt, B, C, None, A_log, D, dt_weight, dt_bias)
+    ]
+    settings = ([*reverse], softplus, scale, A_is_log, name)
+    if _is_traced():
+        return _scan(*groups[:4], z, *groups[5:], *settings)  # type: ignore[no-any-return]
+    groups[4] = [] if z is None else [z]
+    sizes = tuple([len(group) for group in groups])
+    flat = [tensor for group in groups for tensor in group]
+    return EagerScan.apply(sizes, settings, *flat)  # type: ignore[no-any-return]
 
 
 def conv_silu(
@@ -135,7 +146,14 @@ def conv_silu(
     if name in ("reference", "mamba_ssm"):
         with torch.autocast(x.device.type, enabled=False):
             return kernels(name).conv_silu(x, weight, bias, reverse)
-    return tuple(_conv_silu(x, list(weight), list(bias or ()), list(reverse), name))
+    if _is_traced():
+        return tuple(_conv_silu(x, [*weight], [*(bias or ())], [*reverse], name))
+    return EagerConv.apply(([*reverse], name), x, *weight, *(bias or ()))  # type: ignore[no-any-return]
+
+
+def _is_traced() -> bool:
+    """Whether a compiler or a functorch transform has to see an op."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 # schemas are written out: torch 2.4 cannot read `list[Tensor]` and `Tensor | None` off a signature
@@ -146,32 +164,12 @@ _SCAN_PARAMETERS = (
 )
 
 
-@library.custom_op(
+_scan = library.custom_op(
     "svp_peft::scan",
+    scan_forward,
     mutates_args=(),
     schema=f"({_SCAN_INPUTS}, {_SCAN_PARAMETERS}) -> (Tensor, Tensor)",
 )
-def _scan(
-    u: list[Tensor],
-    dt: list[Tensor],
-    B: list[Tensor],
-    C: list[Tensor],
-    z: Tensor | None,
-    A_log: list[Tensor],
-    D: list[Tensor],
-    dt_weight: list[Tensor],
-    dt_bias: list[Tensor],
-    reverse: list[bool],
-    softplus: bool,
-    scale: float,
-    A_is_log: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    return kernels(backend).scan(
-        tuple(u), tuple(dt), tuple(B), tuple(C), z, tuple(A_log), tuple(D) or None,
-        tuple(dt_weight) or None, tuple(dt_bias) or None,
-        reverse=tuple(reverse), softplus=softplus, scale=scale, A_is_log=A_is_log, save_y=True,
-    )  # fmt: skip
 
 
 @_scan.register_fake
@@ -211,44 +209,12 @@ def _scan_backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Any, ...]:
     return (*gradients, None, None, None, None, None)
 
 
-@library.custom_op(
+_scan_backward_op = library.custom_op(
     "svp_peft::scan_backward",
+    lambda *arguments: [_own(x) for x in scan_backward(*arguments)],
     mutates_args=(),
     schema=f"(Tensor grad, {_SCAN_INPUTS}, Tensor y, {_SCAN_PARAMETERS}, bool[] needs) -> Tensor[]",
 )
-def _scan_backward_op(
-    grad: Tensor,
-    u: list[Tensor],
-    dt: list[Tensor],
-    B: list[Tensor],
-    C: list[Tensor],
-    z: Tensor | None,
-    y: Tensor,
-    A_log: list[Tensor],
-    D: list[Tensor],
-    dt_weight: list[Tensor],
-    dt_bias: list[Tensor],
-    reverse: list[bool],
-    softplus: bool,
-    scale: float,
-    A_is_log: bool,
-    backend: str,
-    needs: list[bool],
-) -> list[Tensor]:
-    """Gradients of the groups that `needs` names, one tensor after the other."""
-    found = kernels(backend).scan_backward(
-        grad.contiguous(), tuple(u), tuple(dt), tuple(B), tuple(C), z, y,
-        tuple(A_log), tuple(D) or None, tuple(dt_weight) or None, tuple(dt_bias) or None,
-        reverse=tuple(reverse), softplus=softplus, scale=scale, A_is_log=A_is_log,
-        need=ScanNeeds(*needs),
-    )  # fmt: skip
-    groups = (u, dt, B, C, [] if z is None else [z], A_log, D, dt_weight, dt_bias)
-    gradients: list[Tensor] = []
-    for gradient, group, needed in zip(found, groups, needs, strict=True):
-        if needed and group:
-            several = (gradient,) if isinstance(gradient, Tensor) else gradient
-            gradients += [_own(g.to(t.dtype)) for g, t in zip(several, group, strict=True)]
-    return gradients
 
 
 @_scan_backward_op.register_fake
@@ -263,15 +229,12 @@ def _(grad: Tensor, *arguments: Any) -> list[Tensor]:
 _scan.register_autograd(_scan_backward, setup_context=_scan_setup)
 
 
-@library.custom_op(
+_conv_silu = library.custom_op(
     "svp_peft::conv_silu",
+    conv_forward,
     mutates_args=(),
     schema="(Tensor x, Tensor[] weight, Tensor[] bias, bool[] reverse, str backend) -> Tensor[]",
 )
-def _conv_silu(
-    x: Tensor, weight: list[Tensor], bias: list[Tensor], reverse: list[bool], backend: str
-) -> list[Tensor]:
-    return list(kernels(backend).conv_silu(x, tuple(weight), tuple(bias) or None, tuple(reverse)))
 
 
 @_conv_silu.register_fake
@@ -298,30 +261,13 @@ def _conv_backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     return dx[0], d_weight, d_bias, None, None
 
 
-@library.custom_op(
+_conv_backward_op = library.custom_op(
     "svp_peft::conv_silu_backward",
+    lambda *arguments: [_own(x) for x in conv_backward(*arguments)],
     mutates_args=(),
     schema="(Tensor[] grads, Tensor x, Tensor[] weight, Tensor[] bias, bool[] reverse, "
     "str backend, bool[] needs) -> Tensor[]",
 )
-def _conv_backward_op(
-    grads: list[Tensor],
-    x: Tensor,
-    weight: list[Tensor],
-    bias: list[Tensor],
-    reverse: list[bool],
-    backend: str,
-    needs: list[bool],
-) -> list[Tensor]:
-    """Gradients of x, of the weights and of the biases, those that `needs` names."""
-    dx, d_weight, d_bias = kernels(backend).conv_silu_backward(
-        tuple(g.contiguous() for g in grads), x, tuple(weight), tuple(bias) or None,
-        tuple(reverse), need_x=needs[0], need_weight=needs[1], need_bias=needs[2],
-    )  # fmt: skip
-    found = [*([] if dx is None else [dx]), *(d_weight or ()), *(d_bias or ())]
-    groups = zip(([x], weight, bias), needs, strict=True)
-    wanted = [t for group, needed in groups if needed for t in group]
-    return [_own(g.to(t.dtype)) for g, t in zip(found, wanted, strict=True)]
 
 
 @_conv_backward_op.register_fake

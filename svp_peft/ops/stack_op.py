@@ -27,8 +27,9 @@ def frozen_stack(
         residual = residual + drop(x')
         x        = mixer(norm(residual))         see `mixer` and `add_norm`
 
-    The result is that of the ops one by one, to the bit. It is faster: the host launches a third
-    fewer kernels and keeps one autograd node instead of three a block.
+    Where nothing is dropped, the result is that of the ops one by one, to the bit; drops are drawn for
+    all blocks at once. The host launches fewer kernels and keeps one autograd node instead of three
+    a block.
 
     Args:
         hidden: float (batch, L, d_model), what the mixer before the first block returned.

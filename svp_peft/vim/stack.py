@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from svp_peft import ops
@@ -43,6 +44,8 @@ def run(
 ) -> tuple[Tensor, Tensor] | None:
     """What all blocks but the first make of (hidden, residual), computed at once; None where they
     have to be called."""
+    if torch.compiler.is_compiling():  # a compiler joins the blocks itself
+        return None
     if residual is None or hidden.dtype.itemsize != 2 or every_module_is_hooked():
         return None
     if model.if_rope or model.grad_checkpointing or inference_params is not None:

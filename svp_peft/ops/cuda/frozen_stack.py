@@ -5,9 +5,10 @@
     x        = mixer(norm(residual))             block by block
 
 What the host has to do for a block shrinks to the launches of its kernels, and what blocks have in
-common is done once: one launch converts all prompters' weights, one draws what is dropped, one adds
-up the partial sums of all scales and biases, and a group's cross prompter gets one gradient instead
-of one per block. The bits of the output are those of the blocks called one by one.
+common is done at once: one launch converts all prompters' weights, one draws what is dropped, the
+partial sums of scales and biases are added up for several blocks together, and a group's cross
+prompter gets one gradient instead of one per block. The bits of the output are those of the blocks
+called one by one, if the same images are dropped.
 """
 
 from collections.abc import Sequence

@@ -19,7 +19,7 @@ class StackKernels:
     """Kernels chosen once for all blocks of a stack, for tensors without gaps.
 
     x, gradients of it and pre-activations are (tokens, ...) in the mixers' dtype, `total` is the
-    residual stream. A `mask` is (address, scale) as `FrozenStack` draws it, (0, 1.0) for none.
+    residual stream. A `mask` is (address, scale) as `frozen_stack` draws it, (0, 1.0) for none.
     """
 
     def __init__(self, x: Tensor, residual: Tensor, blocks: Sequence[FrozenBlock]) -> None:
