@@ -101,8 +101,9 @@ def build_transform(kind: str, size: int, *, training: bool) -> Transform:
 class CropAndResize(RandomResizedCropAndInterpolation):
     """timm's random crop, resized by PyTorch's bicubic filter.
 
-    It is Pillow's filter with vector instructions, several times as fast. On photographs a value
-    differs by 2 of 255 at most, on average by 0.02.
+    It is Pillow's filter with vector instructions. Of 200 crops to 224 pixels of scikit-learn's two
+    sample photographs, 186 differ from Pillow 13.0's by 2 of 255 at most, and 14 by up to 9: those
+    Pillow resizes along their columns first. On average a value differs by 0.014.
     """
 
     def __call__(self, picture: Picture) -> Image.Image:

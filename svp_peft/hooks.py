@@ -43,7 +43,8 @@ class NoteReplica:
 class PromptBlockInput:
     """Forward pre-hook: replaces a block's first input by the prompted tokens, out of place.
 
-    An object, not a closure: `copy.deepcopy(model)` must give the copy its own adapter.
+    An object, not a closure: `copy.deepcopy(model)` must give the copy its own adapter. Where
+    blocks run as one op (`svp_peft.vim.stack`), it is not called but asked for `weights_of`.
     """
 
     svp: SVPState

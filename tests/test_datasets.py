@@ -373,7 +373,8 @@ def test_what_is_drawn_for_an_image_does_not_depend_on_the_number_of_workers(tmp
 def test_a_random_crop_is_the_one_that_timm_cuts_and_pillow_resizes(as_array: bool):
     rng = np.random.default_rng(0)
     noise = Image.fromarray(rng.integers(0, 256, (375, 500, 3), dtype=np.uint8))
-    # as sharp as a photograph: where values leave 0..255 in between, orders of rounding differ
+    # blurred, so that no value leaves 0..255 between the two passes: what is cut off there depends
+    # on which pass comes first, and newer Pillow takes the columns first where that is less work
     image = noise.filter(ImageFilter.GaussianBlur(1.5))
     ours = build_transform("reference", 224, training=True).transforms[0]
     timms = RandomResizedCropAndInterpolation(224, interpolation="bicubic")

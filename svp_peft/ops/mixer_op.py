@@ -7,9 +7,9 @@ The backward pass makes exactly the gradients asked for: with a frozen backbone 
 the input, and no product that makes a weight's gradient is ever formed.
 
 Eager mode runs an `autograd.Function`; under `torch.compile` and `torch.export` the same functions
-are the op `svp_peft::mixer`, which the compiler sees as one node. A frozen mixer in half precision on
-a GPU is prepared once instead (`svp_peft.ops.cuda.frozen_mixer`), and a model may run many of them
-with what lies between by `svp_peft.ops.frozen_stack`.
+are the op `svp_peft::mixer`, which the compiler sees as one node. A frozen mixer in half precision
+on a GPU is prepared once instead (`svp_peft.ops.cuda.frozen_mixer`), and a model may run many of
+them, with what lies between, by `svp_peft.ops.frozen_stack`.
 """
 
 from typing import Any

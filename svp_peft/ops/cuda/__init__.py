@@ -3,10 +3,10 @@
 float32, bfloat16 and float16 on NVIDIA GPUs of compute capability 8.0 and newer; state and sums in
 float32. The files: `*.cu` kernels and `*.cuh` what they share; nvrtc.py the compiler, disk_cache.py
 its results on disk, driver.py loading and launching, kernels.py the three together; scan.py,
-scan_backward.py, conv.py, conv_projected.py, norm.py, prompt.py and prompt_rows.py choose kernels and
-lay out arguments, by way of layout.py. frozen_mixer.py puts those of a mixer together, joint_prompt.py
-those of a block's prompts, and frozen_stack.py, with stack_kernels.py, prompter_copies.py and
-prompter_gradients.py, those of many blocks. docs/kernels.md has the rest.
+scan_backward.py, conv.py, conv_projected.py, norm.py, prompt.py and prompt_rows.py choose kernels
+and lay out arguments, by way of layout.py. frozen_mixer.py puts those of a mixer together,
+joint_prompt.py those of a block's prompts, and frozen_stack.py, with stack_kernels.py,
+prompter_copies.py and prompter_gradients.py, those of many blocks. docs/kernels.md has the rest.
 """
 
 import torch
