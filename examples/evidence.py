@@ -2,7 +2,7 @@
 
     python examples/evidence.py --data-root ~/data --output runs/evidence.json      # one GPU
     python examples/evidence.py --data-root ~/data --output runs/evidence.json \
-        --processes 14 --devices cuda:0 cuda:1                          # many cores, two GPUs
+        --processes 6 --devices cuda:0 cuda:1                             # three on each of two
     python examples/evidence.py --data-root ~/data --tasks digits --methods svp linear \
         --seeds 0 --epochs 10 --rates 1 --no-ablations                              # a CPU
 
