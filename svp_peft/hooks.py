@@ -77,9 +77,13 @@ class PromptBlockInput:
     def weights_of(self, block: nn.Module, length: int) -> PromptWeights | bool:
         """See `svp_peft.vim.stack.Prompting`."""
         svp = self.svp
+        if type(self) is not PromptBlockInput:
+            return False
         if svp.disabled:
             return True
-        if svp.routing is not None or self.layout != "tokens" or is_hooked(svp):
+        if svp.routing is not None or self.layout != "tokens":
+            return False
+        if type(svp) is not SVPState or is_hooked(svp):
             return False
         skip = class_token_positions(self.class_tokens, length, self.reversed_block)
         return svp.adapter.weights_of(self.block_index, skip)

@@ -240,7 +240,7 @@ class SVPAdapter(nn.Module):
     def weights_of(self, block_index: int, skip: tuple[int, ...]) -> PromptWeights | bool:
         """What `forward` computes with; True where it is the identity, False where only calling it
         tells: the released prompts, dropout, a prompter left out, widths that change."""
-        if is_hooked(self):
+        if type(self) is not SVPAdapter or is_hooked(self):
             return False
         if block_index not in self.layers:
             return True
@@ -253,8 +253,9 @@ class SVPAdapter(nn.Module):
             or not isinstance(beta, Tensor)
         ):
             return False
-        # the rows that the first block has taken are of no use to one who takes all at once
-        self._alpha_rows.prepared = self._beta_rows.prepared = None
+        if block_index == self._last:
+            # the rows that the first block has taken are of no use to one who takes all at once
+            self._alpha_rows.prepared = self._beta_rows.prepared = None
         place = self._places[block_index]
         cross: CrossPrompter = self.cross[place.group]  # type: ignore[assignment]
         inner: InnerPrompter = self.inner[block_index]  # type: ignore[assignment]

@@ -1,5 +1,7 @@
 """The dtype that an op computes in, and half-precision copies of frozen weights made once."""
 
+import contextlib
+
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -14,6 +16,17 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     if x.dtype != torch.float64 and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return x.dtype
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """For code that chooses every dtype itself: autocast on `device` off.
+
+    A backward pass may run under another autocast than its forward pass, whose products would then
+    not have the dtype that a kernel reads them as.
+    """
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:

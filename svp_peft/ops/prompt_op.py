@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from svp_peft.errors import InputError
 from svp_peft.ops import reference
@@ -77,7 +77,7 @@ def svp_prompt(
     traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     fused = fused and not traced
     if fused and not dropping and cross_weight is not None and down_weight is not None:
-        if name == "cuda" and x.numel() and all(is_plain(t) for t in tensors):
+        if name == "cuda" and x.numel() and all(is_plain(t, x.device) for t in tensors):
             keep = x.numel() <= KEEP_PRE_ACTIVATIONS
             return kernels(name).joint_prompt(x, tensors, tuple(skip), product, keep, cache)  # type: ignore[no-any-return]
         return _Prompt.apply(x, *tensors, tuple(skip), product, name)  # type: ignore[no-any-return]
@@ -102,9 +102,14 @@ def _check(x: Tensor, alpha: Tensor | None, beta: Tensor | None, skip: Sequence[
         expect(f"x {tuple(x.shape)}", alpha=(alpha, width), beta=(beta, width))
 
 
-def is_plain(weight: Tensor | None) -> bool:
-    """Whether a kernel can read this trained tensor as it is."""
-    return weight is not None and weight.dtype == torch.float32 and weight.is_contiguous()
+def is_plain(weight: Tensor | None, device: torch.device) -> bool:
+    """Whether a kernel on `device` can read this trained tensor as it is."""
+    return (
+        type(weight) in (nn.Parameter, Tensor)
+        and weight.dtype == torch.float32  # type: ignore[union-attr]
+        and weight.device == device  # type: ignore[union-attr]
+        and weight.is_contiguous()  # type: ignore[union-attr]
+    )
 
 
 def svp_prompt_released(

@@ -12,6 +12,8 @@ from svp_peft.ops.mixer_op import keep_level, prepared_mixer
 from svp_peft.ops.prompt_op import KEEP_PRE_ACTIVATIONS, is_plain, product_dtype
 from svp_peft.ops.types import Cache, FrozenBlock, PromptWeights, StackKeep
 
+_NUMBERS = (torch.float32, torch.bfloat16, torch.float16)  # what the kernels read
+
 
 def frozen_stack(
     hidden: Tensor,
@@ -47,7 +49,7 @@ def frozen_stack(
     if hidden.dtype != dtype or dtype.itemsize != 2 or hidden.numel() == 0 or not blocks:
         return None
     name = choose(backend, hidden.device, dtype)
-    if not provides(name, "frozen_stack") or not _fit(hidden, blocks):
+    if not provides(name, "frozen_stack") or not _fit(hidden, residual, blocks):
         return None
     mixers: list[Any] = []
     for block in blocks:
@@ -59,37 +61,64 @@ def frozen_stack(
     return kernels(name).frozen_stack(hidden, residual, blocks, mixers, keep, cache)  # type: ignore[no-any-return]
 
 
-def _fit(hidden: Tensor, blocks: Sequence[FrozenBlock]) -> bool:
-    """Whether one choice of kernels serves all blocks."""
+def _fit(hidden: Tensor, residual: Tensor, blocks: Sequence[FrozenBlock]) -> bool:
+    """Whether one choice of kernels serves all blocks.
+
+    What does not fit together is no error here: calling the blocks says what is wrong.
+    """
     width = hidden.shape[2]
-    norms = {
-        (b.norm_weight.dtype, b.norm_bias is None, b.eps, b.rms, b.norm_weight.shape)
-        for b in blocks
-    }
     prompts = [block.prompt for block in blocks if block.prompt is not None]
     return (
-        len(norms) == 1
-        and width % 8 == 0
-        and blocks[0].norm_weight.dtype.itemsize <= 4
-        and blocks[0].norm_weight.shape == (width,)
-        and all(b.norm_weight.is_contiguous() for b in blocks)
+        width % 8 == 0
+        and residual.dtype in _NUMBERS
+        and residual.shape == hidden.shape
+        and residual.device == hidden.device
+        and len({(b.eps, b.rms) for b in blocks}) == 1
+        and _are_alike([b.norm_weight for b in blocks], hidden)
+        and _are_alike([b.norm_bias for b in blocks], hidden)
         and len({_shape(prompt) for prompt in prompts}) <= 1
-        and all(_is_served(prompt, hidden) for prompt in prompts)
+        and (not prompts or _is_served(prompts, hidden))
+    )
+
+
+def _are_alike(parameters: Sequence[Tensor | None], hidden: Tensor) -> bool:
+    """Whether these are parameters of one kind, one per block, that a kernel can read."""
+    first = parameters[0]
+    if first is None:
+        return not any(p is not None for p in parameters)
+    shape, dtype, device = (hidden.shape[2],), first.dtype, hidden.device
+    return dtype in _NUMBERS and all(
+        p is not None
+        and p.dtype == dtype
+        and p.shape == shape
+        and p.device == device
+        and p.is_contiguous()
+        for p in parameters
     )
 
 
 def _shape(prompt: PromptWeights) -> tuple[Any, ...]:
-    return prompt.skip, prompt.projections[2].shape, id(prompt.alpha), id(prompt.beta)
+    shapes = tuple([t.shape for t in prompt.projections])
+    return prompt.skip, shapes, id(prompt.alpha), id(prompt.beta)
 
 
-def _is_served(prompt: PromptWeights, hidden: Tensor) -> bool:
-    width, down = hidden.shape[2], prompt.projections[2]
+def _is_served(prompts: Sequence[PromptWeights], hidden: Tensor) -> bool:
+    """Whether the kernels take these prompts, of which the shapes are the same."""
+    width, device, first = hidden.shape[2], hidden.device, prompts[0]
+    alpha, beta, down, skip = first.alpha, first.beta, first.projections[2], first.skip
+    bottleneck = down.shape[0]
+    inner = ((bottleneck, width), (bottleneck,), (width, bottleneck), (width,))
     return (
-        down.shape[1] == width
-        and down.shape[0] % 8 == 0
-        and all(is_plain(t) for t in (*prompt.projections, prompt.alpha, prompt.beta))
+        bottleneck % 8 == 0
+        and tuple(t.shape for t in first.projections) == ((width, width), (width,), *inner)
+        and alpha.dim() == beta.dim() == 2
+        and alpha.shape[1] == beta.shape[1] == width
+        and all(p.alpha_row < len(alpha) and p.beta_row < len(beta) for p in prompts)
+        and is_plain(alpha, device)
+        and is_plain(beta, device)
+        and all(is_plain(t, device) for p in prompts for t in p.projections)
         and product_dtype(hidden, down) == hidden.dtype
-        and (not prompt.skip or prompt.skip[-1] < hidden.shape[1])
+        and (not skip or skip[-1] < hidden.shape[1])
     )
 
 

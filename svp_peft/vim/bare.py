@@ -57,6 +57,8 @@ class FrozenWeights(ops.Cache):
 
     def __init__(self) -> None:
         super().__init__()
+        self.stack = ops.Cache()
+        """For the run of blocks that begins with the mixer's."""
         self._weights: ops.MixerWeights | None = None
         self._parts: tuple[tuple[str, nn.Module, type, Tensor | None, Tensor | None], ...] = ()
         self._own: tuple[tuple[str, Tensor | None], ...] = ()

@@ -217,6 +217,15 @@ class VimMixer(nn.Module):
             out = ops.mixer(hidden_states, weights, scale=self._scale, cache=cache)
         return out if self.init_layer_scale is None else out * self.gamma
 
+    def frozen_weights(self) -> ops.MixerWeights | None:
+        """What the fused op reads, where all of it is frozen and no submodule is wrapped."""
+        weights = self._frozen.of(self)
+        if weights is None and not self.A_log.requires_grad and self._is_bare():
+            weights = self._weights()
+            if not self._remember(weights):
+                return None
+        return weights
+
     @property
     def _scale(self) -> float:
         return 0.5 if self.if_divide_out and self.bimamba_type == "v2" else 1.0

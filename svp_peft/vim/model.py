@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from svp_peft import ops
 from svp_peft.errors import InputError
 from svp_peft.vim import arguments, stack
 from svp_peft.vim.adopt import adopt
@@ -161,7 +160,6 @@ class VisionMamba(nn.Module):
         self.use_middle_cls_token = use_middle_cls_token
         self.num_tokens = (2 if use_double_cls_token else 1) if if_cls_token else 0
         self.grad_checkpointing = False
-        self.stack_cache = ops.Cache()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
 
         self.patch_embed = PatchEmbed(img_size, patch_size, stride, channels, embed_dim, **factory)

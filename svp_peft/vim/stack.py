@@ -16,6 +16,8 @@ from svp_peft.vim.bare import every_module_is_hooked, is_bare, is_hooked
 from svp_peft.vim.block import Block, DropPath, RMSNorm
 from svp_peft.vim.mixer import VimMixer
 
+_FORWARD = (Block.forward, VimMixer.forward)
+
 
 @runtime_checkable
 class Prompting(Protocol):
@@ -34,7 +36,6 @@ class Stacked(Protocol):
     """What a model with a stack of blocks has."""
 
     layers: nn.ModuleList
-    stack_cache: ops.Cache
     if_rope: bool
     grad_checkpointing: bool
 
@@ -46,17 +47,20 @@ def run(
     have to be called."""
     if torch.compiler.is_compiling():  # a compiler joins the blocks itself
         return None
+    if (Block.forward, VimMixer.forward) != _FORWARD:  # someone has replaced them for all blocks
+        return None
     if residual is None or hidden.dtype.itemsize != 2 or every_module_is_hooked():
         return None
     if model.if_rope or model.grad_checkpointing or inference_params is not None:
         return None
-    given = []
-    for block in list(model.layers)[1:]:
+    blocks, given = list(model.layers)[1:], []
+    for block in blocks:
         found = _frozen(block, hidden)
         if found is None:
             return None
         given.append(found)
-    return ops.frozen_stack(hidden, residual, given, cache=model.stack_cache)
+    first: VimMixer = blocks[0].mixer  # type: ignore[assignment]
+    return ops.frozen_stack(hidden, residual, given, cache=first._frozen.stack)
 
 
 def _frozen(block: nn.Module, hidden: Tensor) -> ops.FrozenBlock | None:
@@ -67,18 +71,23 @@ def _frozen(block: nn.Module, hidden: Tensor) -> ops.FrozenBlock | None:
     copied = getattr(block, "_is_replica", False)
     if copied or block._backward_hooks or block._backward_pre_hooks or "forward" in block.__dict__:
         return None
+    if block._compiled_call_impl is not None:  # by `block.compile()`
+        return None
     modules = block._modules
     mixer, norm, dropping = modules["mixer"], modules["norm"], modules["drop_path"]
     if type(mixer) is not VimMixer or is_hooked(mixer) or mixer.init_layer_scale is not None:
         return None
-    weights = mixer._frozen.of(mixer)
+    weights = mixer.frozen_weights()
     if (
         weights is None
         or norm is None
         or not (is_bare(norm, RMSNorm) or is_bare(norm, nn.LayerNorm))
     ):
         return None
-    if any(p is not None and p.requires_grad for p in norm._parameters.values()):
+    # not from its list of parameters: sharded models put plain tensors in their place
+    norm_weight: Tensor = norm.weight  # type: ignore[assignment]
+    norm_bias: Tensor | None = norm.bias  # type: ignore[assignment]
+    if norm_weight.requires_grad or (norm_bias is not None and norm_bias.requires_grad):
         return None
     rate = 0.0
     if type(dropping) is DropPath and not is_hooked(dropping):
@@ -91,13 +100,12 @@ def _frozen(block: nn.Module, hidden: Tensor) -> ops.FrozenBlock | None:
         if found is False or prompt is not None:
             return None
         prompt = None if found is True else found  # type: ignore[assignment]
-    weight: Tensor = norm.weight  # type: ignore[assignment]
     return ops.FrozenBlock(
         mixer=weights,
         mixer_cache=mixer._frozen,
         mixer_scale=mixer._scale,
-        norm_weight=weight,
-        norm_bias=norm.bias,  # type: ignore[arg-type]
+        norm_weight=norm_weight,
+        norm_bias=norm_bias,
         eps=norm.eps,  # type: ignore[arg-type]
         rms=type(norm) is RMSNorm,
         drop_rate=rate,

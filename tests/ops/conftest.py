@@ -15,6 +15,8 @@ from tests.ops.cuda_on_cpu.gpu import EmulatedGpu, emulated_gpu
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fresh memory holds NaN, so that an element that is never written shows."""
+    with torch.device("meta"):  # which remembers the functions that make tensors, at its first use
+        torch.empty(0)
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         original = getattr(owner, name)
 

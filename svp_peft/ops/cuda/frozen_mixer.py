@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from svp_peft.ops.casting import without_autocast
 from svp_peft.ops.cuda.conv import _grid, _kernel_for
 from svp_peft.ops.cuda.conv_projected import projected_launch, supports
 from svp_peft.ops.cuda.layout import device_index, parameters, pointers
@@ -195,7 +196,8 @@ class _Frozen(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         refuse_second()
         hidden, *saved = ctx.saved_tensors
-        return ctx.mixer.backward(grad, hidden, tuple(saved)), None, None
+        with without_autocast(hidden.device):
+            return ctx.mixer.backward(grad, hidden, tuple(saved)), None, None
 
 
 class _Shape:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from svp_peft.ops.casting import without_autocast
 from svp_peft.ops.cuda.frozen_mixer import FrozenMixer
 from svp_peft.ops.cuda.prompter_copies import Copies, Packed
 from svp_peft.ops.cuda.prompter_gradients import PrompterGradients
@@ -56,10 +57,11 @@ def frozen_stack(
         cache: kept by the caller for this stack.
     """
     hidden, residual = _aligned(hidden), _aligned(residual)
-    stack = _Stack(hidden, residual, blocks, mixers, cache)
-    if keep is None:
-        return stack.forward(hidden, residual, None)[:2]
-    return _Blocks.apply(hidden, residual, stack, keep, *stack.trained)  # type: ignore[no-any-return]
+    with without_autocast(hidden.device):
+        stack = _Stack(hidden, residual, blocks, mixers, cache)
+        if keep is None:
+            return stack.forward(hidden, residual, None)[:2]
+        return _Blocks.apply(hidden, residual, stack, keep, *stack.trained)  # type: ignore[no-any-return]
 
 
 def _aligned(x: Tensor) -> Tensor:
@@ -101,9 +103,10 @@ class _Blocks(torch.autograd.Function):
             for at in range(0, len(flat), size)
         ]
         needs = ctx.needs_input_grad
-        d_hidden, d_residual, gradients = stack.backward(
-            d_hidden, d_residual, kept, keep.first, needs[0] or needs[1], needs[4:]
-        )
+        with without_autocast(stack.kernels.device):
+            d_hidden, d_residual, gradients = stack.backward(
+                d_hidden, d_residual, kept, keep.first, needs[0] or needs[1], needs[4:]
+            )
         return (
             d_hidden if needs[0] else None,
             d_residual if needs[1] else None,
@@ -230,8 +233,13 @@ class _Prepared:
     """What depends on the blocks alone and is kept from pass to pass."""
 
     def __init__(
-        self, blocks: Sequence[FrozenBlock], prompts: Sequence[PromptWeights], like: Tensor
+        self,
+        blocks: Sequence[FrozenBlock],
+        prompts: Sequence[PromptWeights],
+        like: Tensor,
+        known: Sequence["_Prepared"],
     ) -> None:
+        self.in_graph = False  # of launches, captured, which will use these buffers at any time
         self.rates = tuple(block.drop_rate for block in blocks)
         self.stays: Tensor | None = None
         if any(self.rates):
@@ -239,6 +247,11 @@ class _Prepared:
             self.stays = torch.tensor(stays, dtype=torch.float32).to(like.device)
         self.copies: Copies | None = None
         if prompts:
+            # training and evaluation differ in what they drop and share the rest
+            for other in known:
+                if other._copies_are_for(prompts, like.dtype):
+                    self.copies = other.copies
+                    return
             projections = [[w.detach() for w in p.projections] for p in prompts]
             self.copies = Copies(projections, like.dtype)
 
@@ -247,6 +260,9 @@ class _Prepared:
     ) -> bool:
         if self.rates != tuple([block.drop_rate for block in blocks]):
             return False
+        return self._copies_are_for(prompts, dtype)
+
+    def _copies_are_for(self, prompts: Sequence[PromptWeights], dtype: torch.dtype) -> bool:
         if self.copies is None or not prompts:
             return self.copies is None and not prompts
         return self.copies.is_for([prompt.projections for prompt in prompts], dtype)
@@ -257,15 +273,18 @@ def _prepared(
 ) -> _Prepared:
     """From the cache, or made anew: training and evaluation drop and prompt differently."""
     known: list[_Prepared] = cache.prepared or []
+    capturing = torch.cuda.is_current_stream_capturing()
     for prepared in known:
         if prepared.is_for(blocks, prompts, like.dtype):
+            prepared.in_graph |= capturing
             return prepared
     # buffers made in inference mode could not be used for training
     with torch.inference_mode(False), torch.no_grad():
-        prepared = _Prepared(blocks, prompts, like)
+        prepared = _Prepared(blocks, prompts, like, known)
     # what is allocated under capture belongs to the graph's pool
-    if not torch.cuda.is_current_stream_capturing():
-        cache.prepared = [*known, prepared][-_REMEMBERED:]
+    if not capturing:
+        kept = [old for old in known[: 1 - _REMEMBERED] if old.in_graph]
+        cache.prepared = [*kept, *known[1 - _REMEMBERED :], prepared]
     return prepared
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from svp_peft.ops.casting import without_autocast
 from svp_peft.ops.cuda.kernels import multiprocessors
 from svp_peft.ops.cuda.layout import device_index
 from svp_peft.ops.cuda.prompt import _kernel_for, _rows_of_block
@@ -95,56 +96,62 @@ class _JointPrompt(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         refuse_second()
-        x, joint_weight, joint_bias, up, up_bias, *tensors = ctx.saved_tensors
-        alpha, beta = tensors[6:8]
-        dtype, skip = ctx.dtype, ctx.skip
-        need_x, *need = ctx.needs_input_grad[:9]
-        batch, length, width = x.shape
-        tokens = batch * length
-        rows = (x if x.dtype == dtype else x.to(dtype)).view(-1, width)
-        if len(tensors) > 8:
-            joint, inner = tensors[8:]
-        else:
-            packed = Packed(joint_weight, joint_bias, up, up_bias)
-            joint, inner = _pre_activations(rows, packed, width)
-        row = joint.shape[1]
-        flat = (grad if grad.dtype == dtype else grad.to(dtype)).reshape(-1, width)
-        d_joint, d_inner = torch.empty_like(joint), torch.empty_like(inner)
-        kernel, pack = _kernel_for(
-            "prompt_backward", flat.view(x.shape), joint, row, inner, width, skip, row, d_joint
+        with without_autocast(grad.device):
+            return _gradients(ctx, grad)
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """Those of the arguments of `_JointPrompt.forward`."""
+    x, joint_weight, joint_bias, up, up_bias, *tensors = ctx.saved_tensors
+    alpha, beta = tensors[6:8]
+    dtype, skip = ctx.dtype, ctx.skip
+    need_x, *need = ctx.needs_input_grad[:9]
+    batch, length, width = x.shape
+    tokens = batch * length
+    rows = (x if x.dtype == dtype else x.to(dtype)).view(-1, width)
+    if len(tensors) > 8:
+        joint, inner = tensors[8:]
+    else:
+        packed = Packed(joint_weight, joint_bias, up, up_bias)
+        joint, inner = _pre_activations(rows, packed, width)
+    row = joint.shape[1]
+    flat = (grad if grad.dtype == dtype else grad.to(dtype)).reshape(-1, width)
+    d_joint, d_inner = torch.empty_like(joint), torch.empty_like(inner)
+    kernel, pack = _kernel_for(
+        "prompt_backward", flat.view(x.shape), joint, row, inner, width, skip, row, d_joint
+    )
+    # few partial sums: adding them up is a launch of its own, as long as a short kernel
+    wanted = -(-tokens // (4 * _rows_of_block(width // pack)))
+    blocks = min(wanted, 3 * multiprocessors(device_index(x)))
+    partial = torch.empty((blocks, 4, width), device=x.device, dtype=torch.float32)
+    kernel(
+        (blocks, 1, 1),
+        flat.data_ptr(), joint.data_ptr(), inner.data_ptr(), alpha.data_ptr(), beta.data_ptr(),
+        0, d_joint.data_ptr(), d_inner.data_ptr(), partial.data_ptr(),
+        tokens, length, row, width, row,
+    )  # fmt: skip
+    sums = partial.sum(0)
+    torch.mm(d_inner, up, out=d_joint[:, width:])
+    d_x = None
+    if need_x and x.dtype == dtype:
+        d_x = torch.addmm(flat, d_joint, joint_weight).view(x.shape)
+    elif need_x:
+        d_x = grad + torch.mm(d_joint, joint_weight).view(x.shape).to(x.dtype)
+    d_cross = d_down = d_down_bias = d_up = None
+    if need[0] or need[2]:
+        d_cross, d_down = wide_product(d_joint.t(), rows, tensors[0].dtype).split(
+            (width, row - width)
         )
-        # few partial sums: adding them up is a launch of its own, as long as a short kernel
-        wanted = -(-tokens // (4 * _rows_of_block(width // pack)))
-        blocks = min(wanted, 3 * multiprocessors(device_index(x)))
-        partial = torch.empty((blocks, 4, width), device=x.device, dtype=torch.float32)
-        kernel(
-            (blocks, 1, 1),
-            flat.data_ptr(), joint.data_ptr(), inner.data_ptr(), alpha.data_ptr(), beta.data_ptr(),
-            0, d_joint.data_ptr(), d_inner.data_ptr(), partial.data_ptr(),
-            tokens, length, row, width, row,
-        )  # fmt: skip
-        sums = partial.sum(0)
-        torch.mm(d_inner, up, out=d_joint[:, width:])
-        d_x = None
-        if need_x and x.dtype == dtype:
-            d_x = torch.addmm(flat, d_joint, joint_weight).view(x.shape)
-        elif need_x:
-            d_x = grad + torch.mm(d_joint, joint_weight).view(x.shape).to(x.dtype)
-        d_cross = d_down = d_down_bias = d_up = None
-        if need[0] or need[2]:
-            d_cross, d_down = wide_product(d_joint.t(), rows, tensors[0].dtype).split(
-                (width, row - width)
-            )
-        if need[3]:  # the sum of d_middle = d_inner U over the tokens, with that of d_inner
-            d_down_bias = torch.mv(tensors[4].t(), sums[3].to(tensors[4].dtype))
-        if need[4]:
-            d_up = wide_product(d_inner.t(), joint[:, width:], tensors[4].dtype)
-        d_alpha, d_beta, d_cross_bias, d_up_bias = sums.unbind(0)
-        found = (
-            d_cross, d_cross_bias, d_down, d_down_bias, d_up, d_up_bias, d_alpha, d_beta,
-        )  # fmt: skip
-        gradients = [
-            (g if g.dtype == t.dtype else g.to(t.dtype)) if wanted and g is not None else None
-            for g, t, wanted in zip(found, tensors[:8], need, strict=True)
-        ]
-        return (d_x, *gradients, None, None, None, None)
+    if need[3]:  # the sum of d_middle = d_inner U over the tokens, with that of d_inner
+        d_down_bias = torch.mv(tensors[4].t(), sums[3].to(tensors[4].dtype))
+    if need[4]:
+        d_up = wide_product(d_inner.t(), joint[:, width:], tensors[4].dtype)
+    d_alpha, d_beta, d_cross_bias, d_up_bias = sums.unbind(0)
+    found = (
+        d_cross, d_cross_bias, d_down, d_down_bias, d_up, d_up_bias, d_alpha, d_beta,
+    )  # fmt: skip
+    gradients = [
+        (g if g.dtype == t.dtype else g.to(t.dtype)) if wanted and g is not None else None
+        for g, t, wanted in zip(found, tensors[:8], need, strict=True)
+    ]
+    return (d_x, *gradients, None, None, None, None)

@@ -41,14 +41,15 @@ class Copies:
         Args:
             blocks: per block the six weights W, b, D, c, U, d; shapes are the same for all.
         """
-        self.blocks, self.dtype = tuple(tuple(block) for block in blocks), dtype
-        self.addresses = _addresses(self.blocks)
-        cross, _, down, _, up, _ = self.blocks[0]
+        # not the weights themselves: those of a deleted adapter need not stay
+        self.dtype, self.addresses = dtype, _addresses(blocks)
+        self._shapes = _shapes(blocks[0])
+        cross, _, down, _, up, _ = blocks[0]
         width, bottleneck = cross.shape[0], down.shape[0]
         rows = width + bottleneck
         sizes = [-(-n // 8) * 8 for n in (rows * width, rows, up.numel(), width)]  # 16-byte starts
         share = sum(sizes)
-        buffer = cross.new_empty(len(self.blocks), share, dtype=dtype)
+        buffer = cross.new_empty(len(blocks), share, dtype=dtype)
         self.packed = []
         for part in buffer:
             joint, joint_bias, up_copy, up_bias = part.split(sizes)
@@ -68,10 +69,10 @@ class Copies:
             sizes[0] + sizes[1],
             sizes[0] + sizes[1] + sizes[2],
         )
-        counts = tuple(w.numel() for w in self.blocks[0])
+        counts = tuple(w.numel() for w in blocks[0])
         index, act, weight = device_index(cross), CPP_TYPE[dtype], CPP_TYPE[cross.dtype]
         self._launches = []
-        for first in range(0, len(self.blocks), _AT_ONCE):
+        for first in range(0, len(blocks), _AT_ONCE):
             addresses = self.addresses[6 * first : 6 * (first + _AT_ONCE)]
             number = len(addresses) // 6
             at = buffer.data_ptr() + first * share * buffer.element_size()
@@ -84,8 +85,15 @@ class Copies:
             )
 
     def is_for(self, blocks: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> bool:
-        """Whether these are copies of tensors at the same places."""
-        return dtype == self.dtype and self.addresses == _addresses(blocks)
+        """Whether these are copies of tensors at the same places and of the same shapes.
+
+        Tensors that took the place of others are as good: `renewed` reads what is there then.
+        """
+        return (
+            dtype == self.dtype
+            and self.addresses == _addresses(blocks)
+            and self._shapes == _shapes(blocks[0])
+        )
 
     def renewed(self) -> list[Packed]:
         """The copies per block, equal to the weights as they are now."""
@@ -96,6 +104,10 @@ class Copies:
 
 def _addresses(blocks: Sequence[Sequence[Tensor]]) -> tuple[int, ...]:
     return tuple([w.data_ptr() for w in itertools.chain.from_iterable(blocks)])
+
+
+def _shapes(block: Sequence[Tensor]) -> list[torch.Size]:
+    return [w.shape for w in block]
 
 
 @functools.cache

@@ -87,28 +87,44 @@ class PrompterGradients:
         # the sum over the tokens of d_middle = d_inner U, by way of the one of d_inner
         ups = torch.stack([prompt.projections[4] for prompt in prompts])
         d_down_bias = torch.bmm(sums[:, 3:], ups).squeeze(1)
+        # a copy: gradients outlive this object, and that of W need not stay with them
+        d_down = self._joint[done:, width:].contiguous()
         for at, prompt in enumerate(prompts):
             _, _, down, down_bias, up, up_bias = prompt.projections
-            found[id(down)] = self._joint[done + at, width:]
-            found[id(down_bias)] = d_down_bias[at]
-            found[id(up)] = self._up[done + at]
-            found[id(up_bias)] = sums[at, 3]
-            d_beta[prompt.beta_row] = sums[at, 1]
-        for first, last in _runs([id(prompt.projections[0]) for prompt in prompts]):
+            _add(found, id(down), d_down[at])
+            _add(found, id(down_bias), d_down_bias[at])
+            _add(found, id(up), self._up[done + at])
+            _add(found, id(up_bias), sums[at, 3])
+            _add(d_beta, prompt.beta_row, sums[at, 1])
+        for first, last in _runs([_group_of(prompt) for prompt in prompts]):
             cross, cross_bias = prompts[first].projections[:2]
-            found[id(cross)] = self._joint[done + first : done + last, :width].sum(0)
+            _add(found, id(cross), self._joint[done + first : done + last, :width].sum(0))
             of_group = sums[first:last, ::2].sum(0)
-            found[id(cross_bias)] = of_group[1]
-            d_alpha[prompts[first].alpha_row] = of_group[0]
-        found[id(self._prompts[0].alpha)] = _stacked(d_alpha, self._prompts[0].alpha)
-        found[id(self._prompts[0].beta)] = _stacked(d_beta, self._prompts[0].beta)
+            _add(found, id(cross_bias), of_group[1])
+            _add(d_alpha, prompts[first].alpha_row, of_group[0])
+        _add(found, id(self._prompts[0].alpha), _stacked(d_alpha, self._prompts[0].alpha))
+        _add(found, id(self._prompts[0].beta), _stacked(d_beta, self._prompts[0].beta))
         # a prompt whose gradients were not asked for has none
         return [
             found.get(id(t)) if wanted else None for t, wanted in zip(trained, need, strict=True)
         ]
 
 
-def _runs(keys: Sequence[int]) -> list[tuple[int, int]]:
+def _group_of(prompt: PromptWeights) -> tuple[int, int, int]:
+    """Equal for blocks that share all of a cross prompt, as those of a group do.
+
+    Not for those with a parametrised cross prompter: they compute its weight each for itself.
+    """
+    cross, cross_bias = prompt.projections[:2]
+    return id(cross), id(cross_bias), prompt.alpha_row
+
+
+def _add(found: dict[int, Tensor], key: int, share: Tensor) -> None:
+    """Add a share of a gradient, of which tensors that someone tied together have several."""
+    found[key] = found[key] + share if key in found else share
+
+
+def _runs(keys: Sequence[tuple[int, ...]]) -> list[tuple[int, int]]:
     """Where equal neighbours begin and end."""
     starts = [i for i, key in enumerate(keys) if i == 0 or key != keys[i - 1]]
     return list(zip(starts, [*starts[1:], len(keys)], strict=True))
