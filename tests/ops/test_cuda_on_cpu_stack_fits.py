@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from svp_peft import SVPConfig, add_adapter, disable_adapter, set_adapter
+from svp_peft import SVPConfig, add_adapter, disable_adapter, ops, set_adapter
 from svp_peft.hooks import PromptBlockInput
 from svp_peft.ops.cuda.prompter_copies import Copies
 from svp_peft.prompters import SVPAdapter
@@ -283,3 +283,19 @@ def test_copies_made_for_several_devices_are_called() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert stack.run(model, x, x.float(), None) is not None
         assert stack.run(twin, x, x.float(), None) is None
+
+
+@pytest.mark.parametrize("length", [5, 600])
+def test_prepared_launches_hold_no_activations(length: int) -> None:
+    model = small_vim()
+    mixer = model.layers[1].mixer
+    x = torch.randn(1, length, 16).bfloat16()
+    prepared = ops.mixer_op.prepared_mixer(
+        mixer._frozen, mixer.frozen_weights(), torch.bfloat16, mixer._scale
+    )
+    gc.collect()
+    before = {id(t) for t in gc.get_objects() if issubclass(type(t), Tensor)}
+    prepared.forward(x, 0)
+    gc.collect()
+    fresh = [t for t in gc.get_objects() if issubclass(type(t), Tensor) and id(t) not in before]
+    assert all(t.numel() < length * 16 for t in fresh if t is not x)

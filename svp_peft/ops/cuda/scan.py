@@ -219,9 +219,10 @@ def _in_pieces(given: Inputs, save_y: bool) -> Callable[..., None] | None:
         _streaming_kernel(given.device, given.macros, part == 2 and save_y, part) for part in (1, 2)
     )
     floats = given.directions * given.batch * pieces * (given.d_state + 1) * given.channels
+    place = given.place  # not `given`, which holds the activations: a launch may be kept
 
     def launch(*values: float) -> None:
-        ends = torch.empty(floats, device=given.place, dtype=torch.float32)
+        ends = torch.empty(floats, device=place, dtype=torch.float32)
         first(grid, *values, ends.data_ptr(), tokens)
         second(grid, *values, ends.data_ptr(), tokens)
 
