@@ -1,6 +1,5 @@
 """What the stack of blocks as one op notices, refuses and lets go; on a CPU, kernels emulated."""
 
-import concurrent.futures
 import gc
 import io
 import math
@@ -251,24 +250,31 @@ def test_a_saved_model_has_nothing_prepared() -> None:
     assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
 
 
-def test_threads_share_a_model() -> None:
+def test_a_pass_inside_another_one_of_the_same_model_changes_nothing() -> None:
+    # as with two threads, which the emulator does not take
     model = small_vim()
-    batches = [images(1), images(3)]
+    x, other = images(1), images(3)
+    loss_of(logits_of(model, x)).backward()
+    expected = gradients(model)
+    loss_of(logits_of(model, other)).backward()
+    expected_of_other = gradients(model)
+    prepared = model.layers[2].mixer._frozen.prepared
+    once, inside = prepared.forward, []
 
-    def run(x: Tensor) -> list[Tensor]:
-        trained = [p for n, p in model.named_parameters() if p.requires_grad]
-        return [
-            t for _ in range(5) for t in torch.autograd.grad(loss_of(logits_of(model, x)), trained)
-        ]
+    def interrupted(normed: Tensor, keep: int) -> Any:
+        if not inside:
+            inside.append(None)
+            model.layers[1].mixer._frozen.stack.prepared = None
+            inside.append(logits_of(model, other))
+        return once(normed, keep)
 
-    # seeds are global: the loss takes the sum instead
-    with mock.patch.dict(globals(), loss_of=lambda logits: logits.double().pow(2).sum()):
-        expected = [run(x) for x in batches]
-        model.layers[1].mixer._frozen.stack.prepared = None
-        with concurrent.futures.ThreadPoolExecutor(2) as pool:
-            found = list(pool.map(run, batches))
-    for mine, true in zip(found, expected, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(mine, true, strict=True))
+    with mock.patch.object(prepared, "forward", interrupted):
+        logits = logits_of(model, x)
+    loss_of(logits).backward()
+    found = gradients(model)
+    loss_of(inside[1]).backward()
+    for mine, true in ((found, expected), (gradients(model), expected_of_other)):
+        assert all(torch.equal(mine[name], gradient) for name, gradient in true.items())
 
 
 def test_copies_made_for_several_devices_are_called() -> None:
