@@ -265,7 +265,8 @@ def test_a_pass_inside_another_one_of_the_same_model_changes_nothing() -> None:
         if not inside:
             inside.append(None)
             model.layers[1].mixer._frozen.stack.prepared = None
-            inside.append(logits_of(model, other))
+            with torch.enable_grad():
+                inside.append(logits_of(model, other))
         return once(normed, keep)
 
     with mock.patch.object(prepared, "forward", interrupted):
