@@ -48,7 +48,9 @@ def frozen_stack(
     dtype = compute_dtype(hidden)
     if hidden.dtype != dtype or dtype.itemsize != 2 or hidden.numel() == 0 or not blocks:
         return None
-    name = choose(backend, hidden.device, dtype)
+    # the C++ kernels are float32: halves on a CPU take plain PyTorch, as in `mixer`
+    working = torch.float32 if hidden.device.type == "cpu" else dtype
+    name = choose(backend, hidden.device, working)
     if not provides(name, "frozen_stack") or not _fit(hidden, residual, blocks):
         return None
     mixers: list[Any] = []
