@@ -1,6 +1,7 @@
 """A patched Vim whose blocks run as one op against the same model whose blocks are called."""
 
 import copy
+import importlib
 from collections.abc import Callable
 
 import pytest
@@ -8,10 +9,14 @@ import torch
 from torch import Tensor
 
 import svp_peft as sp
+from svp_peft.ops.cuda import prompter_copies
 from svp_peft.vim import stack
 from svp_peft.vim.block import DropPath
 
 pytestmark = pytest.mark.gpu
+
+# by import_module: the package's attribute of this name is the function
+frozen_stack = importlib.import_module("svp_peft.ops.cuda.frozen_stack")
 
 
 def patched(depth: int = 4, **options: object) -> sp.VisionMamba:
@@ -45,7 +50,20 @@ def called(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
 
 @pytest.mark.parametrize("batch", [1, 3, 24])
 @pytest.mark.parametrize("options", [{}, {"rms_norm": False}, {"embed_dim": 192}], ids=str)
-def test_the_logits_are_the_same_to_the_bit(batch, options, called):
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_logits_are_the_same(fused, batch, options, called, monkeypatch):
+    """To the bit, if every product is cuBLAS's and of one size."""
+
+    def same(found: Tensor, expected: Tensor) -> bool:
+        if not fused:
+            return torch.equal(found, expected)
+        # inner comes from float32 sums in another order, so that some of its elements round to the
+        # neighbouring bfloat16, 2^-8 away; rounding alone puts logits off by 0.5%
+        return bool((found - expected).norm() < 1e-2 * expected.norm())
+
+    if not fused:
+        monkeypatch.setattr(frozen_stack, "FUSED_UP", False)
+        monkeypatch.setattr(prompter_copies, "PADDED_ROWS", 1)
     model = patched(**options)
     images = torch.randn(batch, 3, 224, 224, device="cuda")
     called(True)
@@ -53,7 +71,7 @@ def test_the_logits_are_the_same_to_the_bit(batch, options, called):
     expected, gradients = run(model, images)
     called(False)
     found, mine = run(model, images)
-    assert torch.equal(found, expected)
+    assert same(found, expected)
     assert mine.keys() == gradients.keys()
     for name, gradient in gradients.items():
         # sums over the tokens are added up in another order, products in bfloat16 alike
@@ -62,7 +80,7 @@ def test_the_logits_are_the_same_to_the_bit(batch, options, called):
     with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
         once = model(images)
         called(True)
-        assert torch.equal(once, model(images))
+        assert same(once, model(images))
 
 
 def test_the_op_runs_as_one_node_of_the_graph():

@@ -29,9 +29,10 @@ def frozen_stack(
         residual = residual + drop(x')
         x        = mixer(norm(residual))         see `mixer` and `add_norm`
 
-    Where nothing is dropped, the result is that of the ops one by one, to the bit; drops are drawn
-    for all blocks at once. The host launches fewer kernels and keeps one autograd node instead of
-    three a block.
+    Where nothing is dropped, the result is that of the ops one by one, but for the order of float32
+    sums in the products of the prompts: an element of cross or inner may be rounded to the
+    neighbouring number of the compute dtype. Drops are drawn for all blocks at once. The host
+    launches fewer kernels and keeps one autograd node instead of three a block.
 
     Args:
         hidden: float (batch, L, d_model), what the mixer before the first block returned.

@@ -9,6 +9,7 @@ Bounds on ||found - truth|| / ||truth||:
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,9 @@ from torch import Tensor
 from svp_peft.config import SVPConfig
 from svp_peft.grouped import GroupedPrompts
 from svp_peft.ops import cuda, reference
-from svp_peft.ops.types import ScanGrads, ScanNeeds
+from svp_peft.ops.cuda.prompter_copies import Copies
+from svp_peft.ops.cuda.stack_kernels import StackKernels
+from svp_peft.ops.types import Cache, FrozenBlock, PromptWeights, ScanGrads, ScanNeeds
 from svp_peft.prompters import SVPAdapter
 from tests.ops.cuda_cases import (
     EVERY_GRADIENT,
@@ -198,6 +201,70 @@ def check_prompts(skip: tuple[int, ...], width: int, dtype: torch.dtype, device:
                 assert error(gradient, next(expected)) < GRADIENT_BOUND[dtype]
     zero = torch.zeros(width, device=device)
     assert torch.equal(cuda.prompt(x, cross, inner, zero, zero, skip), x)
+
+
+def check_prompt_up_norm(
+    shape: tuple[int, int, int],
+    bottleneck: int,
+    rms: bool,
+    dtype: torch.dtype,
+    device: str,
+    dropping: bool = False,
+    keep: bool = True,
+    shift: int = 0,
+) -> None:
+    """Prompts with their second product inside, drop, residual add and norm of one block.
+
+    Args:
+        shift: elements by which the norm's weight lies behind an aligned address.
+    """
+    batch, length, width = shape
+    skip = (length // 2,)
+
+    def numbers(*sizes: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(*sizes, device=device) * scale
+
+    projections = (
+        numbers(width, width), numbers(width), numbers(bottleneck, width), numbers(bottleneck),
+        numbers(width, bottleneck, scale=bottleneck**-0.5), numbers(width),
+    )  # fmt: skip
+    alpha, beta = numbers(2, width), numbers(3, width)
+    weight, bias = numbers(width + shift)[shift:], None if rms else numbers(width)
+    prompt = PromptWeights(projections, alpha, 1, beta, 2, skip)
+    without_mixer: Any = None
+    block = FrozenBlock(without_mixer, Cache(), 1.0, weight, bias, 1e-5, rms, 0.0, prompt)
+    x, residual = numbers(*shape).to(dtype), numbers(*shape) * 3 + 1
+    # what lies behind [cross | middle] is not read
+    joint = numbers(batch * length, width + bottleneck + 8).to(dtype)
+    joint[:, width + bottleneck :] = float("nan")
+    drop = (torch.arange(batch, device=device) % 2).float()
+    mask = (drop.data_ptr(), 1.25) if dropping else (0, 1.0)
+    (packed,) = Copies([projections], dtype).renewed()
+    kernels = StackKernels(x, residual, [block])
+    assert kernels.has_prompt_up_norm
+    y, total, inner = kernels.prompt_up_norm(0, x, joint, packed, residual, mask, keep)
+
+    cross, middle = joint[:, :width].double(), joint[:, width : width + bottleneck].double()
+    true_inner = middle @ projections[4].to(dtype).double().t() + projections[5].to(dtype).double()
+    prompted = reference.prompt(
+        x.double(), cross.view(shape), true_inner.view(shape), alpha[1].double(),
+        beta[2].double(), skip,
+    )  # fmt: skip
+    if dropping:
+        prompted = prompted * (1.25 * drop.double()[:, None, None])
+    norm = weight.double(), None if bias is None else bias.double()
+    truth = reference.add_norm(
+        prompted, residual.double(), *norm, eps=1e-5, rms=rms, residual_dtype=torch.float64
+    )
+    assert error(y, truth[0]) < OUTPUT_BOUND[dtype]
+    assert error(total, truth[1]) < OUTPUT_BOUND[dtype]
+    assert (inner is not None) == keep
+    if inner is not None:
+        assert error(inner, true_inner) < OUTPUT_BOUND[dtype]
+        # behind the product nothing differs from the kernel that is given inner
+        again = kernels.prompt_norm(0, x, joint, inner, residual, mask)
+        assert torch.equal(y, again[0])
+        assert torch.equal(total, again[1])
 
 
 def check_grouped_prompts(repeat: int, width: int, dtype: torch.dtype, device: str) -> None:

@@ -25,6 +25,7 @@ from tests.ops.cuda_checks import (
     check_forward,
     check_grouped_prompts,
     check_norm,
+    check_prompt_up_norm,
     check_prompts,
     check_views,
 )
@@ -176,6 +177,22 @@ def test_the_convolution_is_right(
 @pytest.mark.parametrize("width", [1, 13, 192, 384, 768, 1100])
 def test_the_norms_are_right(width: int, first: bool, rms: bool, dtype: torch.dtype) -> None:
     check_norm((3, 50, width), first, rms, dtype, "cuda")
+
+
+@pytest.mark.parametrize("dropping", [False, True])
+@pytest.mark.parametrize("rms", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("width", "bottleneck"), [(64, 8), (192, 64), (384, 24), (384, 64), (384, 128), (768, 64)]
+)
+def test_the_inner_prompt_made_where_it_is_added_is_right(
+    width: int, bottleneck: int, dtype: torch.dtype, rms: bool, dropping: bool
+) -> None:
+    for batch, length in ((1, 1), (3, 197), (33, 197)):
+        check_prompt_up_norm((batch, length, width), bottleneck, rms, dtype, "cuda", dropping)
+        check_prompt_up_norm(
+            (batch, length, width), bottleneck, rms, dtype, "cuda", dropping, keep=False
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -15,6 +15,7 @@ from svp_peft.errors import InputError
 from svp_peft.ops import cuda, mixer_passes
 from svp_peft.ops.cuda import conv_projected, kernels
 from svp_peft.ops.cuda.nvrtc import Nvrtc, find_nvrtc
+from svp_peft.ops.cuda.prompter_copies import Packed
 from svp_peft.ops.cuda.stack_kernels import StackKernels
 from svp_peft.ops.types import Cache, FrozenBlock, MixerWeights, PromptWeights, ScanNeeds
 from tests.ops.cuda_cases import EVERY_GRADIENT, scan_case
@@ -210,9 +211,12 @@ def test_what_lies_between_two_mixers_of_a_stack_compiles(
     x, residual = torch.randn(2, 7, width).bfloat16(), torch.randn(2, 7, width)
     launches = StackKernels(x, residual, [block])
     joint = torch.randn(14, width + 16).bfloat16()
+    packed = Packed(*(x,) * 6)
     for mask in ((0, 1.0), (8, 2.0)):
         launches.add_norm(0, x, residual, mask)
         launches.prompt_norm(0, x, joint, x, residual, mask)
+        for keep in (False, True):
+            launches.prompt_up_norm(0, x, joint, packed, residual, mask, keep)
         launches.add_norm_backward(0, x, residual, residual, mask, residual)
     partial = torch.empty(launches.partial_sums, 4, width)
     launches.prompt_backward(0, x, joint, x, partial)
@@ -279,6 +283,7 @@ def test_every_source_is_compiled_by_these_tests() -> None:
     covered = {
         "scan_forward", "scan_forward_chunked", "scan_backward", "scan_backward_fast", "reduce",
         "conv", "conv_backward_projected", "norm", "pack", "prompt", "prompt_norm", "prompt_rows",
+        "prompt_up_norm",
     }  # fmt: skip
     assert set(kernels.sources()) == covered
 

@@ -9,6 +9,9 @@ import pytest
 import torch
 
 from svp_peft.ops import backends
+from svp_peft.ops.cuda import stack_kernels
+from svp_peft.ops.cuda.stack_kernels import StackKernels
+from svp_peft.ops.types import Cache, FrozenBlock, PromptWeights
 from tests.ops.cuda_cases import DTYPES, EVERY_GRADIENT, scan_case
 from tests.ops.cuda_checks import (
     STRESS,
@@ -18,6 +21,7 @@ from tests.ops.cuda_checks import (
     check_forward,
     check_grouped_prompts,
     check_norm,
+    check_prompt_up_norm,
     check_prompts,
     check_views,
 )
@@ -158,6 +162,63 @@ def test_the_norms_are_right(
     width: int, first: bool, rms: bool, dropping: bool, dtype: torch.dtype
 ) -> None:
     check_norm((2, 7, width), first, rms, dtype, "cpu", dropping)
+
+
+@pytest.mark.parametrize(
+    ("shape", "bottleneck", "rms", "dropping", "dtype"),
+    [
+        ((1, 1, 64), 8, True, False, torch.bfloat16),
+        ((3, 11, 96), 24, False, True, torch.float16),
+        ((2, 31, 200), 40, True, True, torch.bfloat16),
+        ((1, 16, 192), 128, False, False, torch.bfloat16),
+        ((5, 13, 384), 64, True, False, torch.bfloat16),
+        ((3, 17, 768), 64, False, True, torch.float16),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("keep", [False, True], ids=["", "keep"])
+def test_the_inner_prompt_made_where_it_is_added_is_right(
+    shape: tuple[int, int, int],
+    bottleneck: int,
+    rms: bool,
+    dropping: bool,
+    dtype: torch.dtype,
+    keep: bool,
+    gpu: EmulatedGpu,
+) -> None:
+    gpu.multiprocessors = 1  # a block takes several tiles
+    check_prompt_up_norm(shape, bottleneck, rms, dtype, "cpu", dropping, keep)
+    assert "prompt_up_norm_forward" in gpu.launches
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("warps", [4, 8])
+def test_the_warps_that_make_the_inner_prompt_may_run_in_any_order(
+    warps: int, order: str, gpu: EmulatedGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stack_kernels, "_TILE_WARPS", warps)
+    gpu.order, gpu.multiprocessors = order, 1
+    check_prompt_up_norm((3, 37, 128), 16, True, torch.bfloat16, "cpu")
+
+
+@pytest.mark.parametrize("shift", [1, 2])
+@pytest.mark.usefixtures("gpu")
+def test_the_inner_prompt_is_right_beside_a_weight_at_an_odd_address(shift: int) -> None:
+    check_prompt_up_norm((2, 9, 72), 16, True, torch.bfloat16, "cpu", shift=shift)
+
+
+def test_prompters_too_large_for_shared_memory_are_not_made_there(gpu: EmulatedGpu) -> None:
+    """U of 768 x 128 halves beside its tiles takes 237 KiB, and an H100 gives 227."""
+    row = torch.ones(768)
+    for bottleneck, served in ((64, True), (112, True), (128, False), (136, False)):
+        projections = (torch.ones(768, 768), row, torch.ones(bottleneck, 768), row[:bottleneck],
+                       torch.ones(768, bottleneck), row)  # fmt: skip
+        prompt = PromptWeights(projections, row[None], 0, row[None], 0, ())
+        without_mixer: Any = None
+        block = FrozenBlock(without_mixer, Cache(), 1.0, row, None, 1e-5, True, 0.0, prompt)
+        x = torch.ones(1, 2, 768)
+        assert StackKernels(x.bfloat16(), x, [block]).has_prompt_up_norm == served
+    assert not gpu.launches
 
 
 @pytest.mark.parametrize(

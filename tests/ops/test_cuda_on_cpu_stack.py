@@ -4,6 +4,7 @@ The kernels are emulated (cuda_on_cpu/__init__.py), the products are PyTorch's o
 """
 
 import copy
+import importlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,9 +13,13 @@ import torch
 from torch import Tensor
 
 from svp_peft import SVPConfig, VisionMamba, apply_svp, disable_adapter, ops
+from svp_peft.ops.cuda import prompter_copies
 from svp_peft.vim import stack
 from tests.ops.cuda_cases import error
 from tests.ops.cuda_on_cpu.gpu import EmulatedGpu
+
+# by import_module: the package's attribute of this name is the function
+frozen_stack = importlib.import_module("svp_peft.ops.cuda.frozen_stack")
 
 
 def small_vim(depth: int = 4, **options: Any) -> VisionMamba:
@@ -85,30 +90,43 @@ def gradients(model: VisionMamba, out: tuple[Tensor, Tensor], leaves: list[Tenso
 
 
 @pytest.mark.parametrize("keep", [0, 1 << 40], ids=["recompute", "keep"])
+@pytest.mark.parametrize("fused", [False, True], ids=["inner given", "inner made"])
 @pytest.mark.parametrize(
     ("options", "length"),
     [
         ({}, 10),
+        ({"embed_dim": 48}, 3),  # [W | D] has 56 rows, and 8 more that fill it up
         ({"rms_norm": False}, 10),
         ({"config": SVPConfig(layers=[1, 3], cross_group_size=2, inner_bottleneck=8)}, 7),
         ({"bimamba_type": "none", "if_divide_out": False}, 5),
     ],
-    ids=["all", "layer norm", "some blocks", "one direction"],
+    ids=["all", "filled up", "layer norm", "some blocks", "one direction"],
 )
 def test_the_stack_is_right_with_every_gradient(
-    options: dict[str, Any], length: int, keep: int, on_cuda: EmulatedGpu, monkeypatch
+    options: dict[str, Any],
+    length: int,
+    fused: bool,
+    keep: int,
+    on_cuda: EmulatedGpu,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(frozen_stack, "FUSED_UP", fused)
+    monkeypatch.setattr(prompter_copies, "PADDED_ROWS", 64)
     monkeypatch.setattr("svp_peft.ops.stack_op.KEEP_PRE_ACTIVATIONS", keep)
     monkeypatch.setitem(ops.mixer_op._KEEP_EVERYTHING, "cpu", keep)
     model = small_vim(**options)
-    x = torch.randn(3, length, 16).bfloat16().requires_grad_()
-    residual = torch.randn(3, length, 16).requires_grad_()
+    width = options.get("embed_dim", 16)
+    x = torch.randn(3, length, width).bfloat16().requires_grad_()
+    residual = torch.randn(3, length, width).requires_grad_()
     blocks = blocks_of(model, x)
     on_cuda.launches.clear()
     with torch.autocast("cpu", torch.bfloat16):
         out = ops.frozen_stack(x, residual, blocks, cache=ops.Cache())
     assert out is not None
     assert on_cuda.launches.count("pack_prompters") == 1
+    prompted = sum(block.prompt is not None for block in blocks)
+    entry = "prompt_up_norm_forward" if fused else "prompt_norm_forward"
+    assert on_cuda.launches.count(entry) == prompted
     found = gradients(model, out, [x, residual])
 
     exact = copy.deepcopy(model).double()
@@ -122,6 +140,37 @@ def test_the_stack_is_right_with_every_gradient(
         if mine is not None:
             assert mine.isfinite().all()
             assert error(mine, true) < 6e-2
+
+
+@pytest.mark.usefixtures("on_cuda")
+@pytest.mark.parametrize(
+    ("width", "bottleneck", "filled"), [(64, 48, 128), (48, 24, 72), (48, 48, 96)]
+)
+def test_the_product_is_filled_up_with_zeros_where_that_adds_little(
+    width: int, bottleneck: int, filled: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """16 rows are a seventh of 112; 32 are a third of 96."""
+    monkeypatch.setattr(prompter_copies, "PADDED_ROWS", 128)
+    sizes = (
+        (width, width),
+        (width,),
+        (bottleneck, width),
+        (bottleneck,),
+        (width, bottleneck),
+        (width,),
+    )
+    weights = [torch.randn(size) for size in sizes]
+    (packed,) = prompter_copies.Copies([weights], torch.bfloat16).renewed()
+    own = width + bottleneck
+    assert packed.padded.shape == (filled, width)
+    assert packed.padded_bias.shape == (filled,)
+    assert torch.equal(packed.padded[:own], packed.joint)
+    assert torch.equal(packed.joint, torch.cat(weights[0:3:2]).bfloat16())
+    assert torch.equal(packed.padded_bias[:own], torch.cat(weights[1:4:2]).bfloat16())
+    assert torch.equal(packed.up, weights[4].bfloat16())
+    assert torch.equal(packed.up_bias, weights[5].bfloat16())
+    assert not packed.padded[own:].any()
+    assert not packed.padded_bias[own:].any()
 
 
 @pytest.mark.usefixtures("on_cuda")

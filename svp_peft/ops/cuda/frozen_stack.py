@@ -7,8 +7,9 @@
 What the host has to do for a block shrinks to the launches of its kernels, and what blocks have in
 common is done at once: one launch converts all prompters' weights, one draws what is dropped, the
 partial sums of scales and biases are added up for several blocks together, and a group's cross
-prompter gets one gradient instead of one per block. The bits of the output are those of the blocks
-called one by one, if the same images are dropped.
+prompter gets one gradient instead of one per block. The output is that of the blocks called one by
+one, if the same images are dropped, but for the order in which the products of the prompts are
+summed in float32, before they are rounded to the compute dtype.
 """
 
 from collections.abc import Sequence
@@ -24,6 +25,10 @@ from svp_peft.ops.cuda.prompter_gradients import PrompterGradients
 from svp_peft.ops.cuda.stack_kernels import StackKernels
 from svp_peft.ops.derivatives import refuse_second
 from svp_peft.ops.types import Cache, FrozenBlock, PromptWeights, StackKeep
+
+# Whether the forward pass makes the inner prompt's second product where it is used, so that `inner`
+# is in memory only where it is kept. Its float32 sums are added up in an order of their own.
+FUSED_UP = True
 
 
 class _Kept(NamedTuple):
@@ -130,6 +135,7 @@ class _Stack:
         self.prompts: list[PromptWeights] = [b.prompt for b in blocks if b.prompt is not None]
         self.trained = _unique(self.prompts)
         self.kernels = StackKernels(hidden, residual, blocks)
+        self._fused_up = FUSED_UP and self.kernels.has_prompt_up_norm
         prepared = _prepared(cache, blocks, self.prompts, hidden)
         copies = prepared.copies.renewed() if prepared.copies else []
         pending = iter(copies)
@@ -160,8 +166,17 @@ class _Stack:
             if packed is None:
                 normed, residual = self.kernels.add_norm(number, x, residual, mask)
             else:
-                joint, inner = _pre_activations(x, packed)
-                normed, residual = self.kernels.prompt_norm(number, x, joint, inner, residual, mask)
+                keeps_prompt = keep is not None and keeps and keep.prompts
+                joint = _cross_and_middle(x, packed, padded=not keeps_prompt)
+                if self._fused_up:
+                    normed, residual, inner = self.kernels.prompt_up_norm(
+                        number, x, joint, packed, residual, mask, keeps_prompt
+                    )
+                else:
+                    inner = _inner(joint, packed)
+                    normed, residual = self.kernels.prompt_norm(
+                        number, x, joint, inner, residual, mask
+                    )
             level = keep.mixer if keep is not None and keeps else 0
             hidden, *from_mixer = self.mixers[number].forward(normed, level)
             if keep is not None and keeps:
@@ -207,7 +222,8 @@ class _Stack:
                 assert block.x is not None
                 joint, inner = block.joint, block.inner
                 if joint is None or inner is None:
-                    joint, inner = _pre_activations(block.x, packed)
+                    joint = _cross_and_middle(block.x, packed, padded=False)
+                    inner = _inner(joint, packed)
                 d_joint = found.add(number, d_x, block.x, joint, inner, packed)
                 if need_input or number > first:
                     # into d_x, which is ours: another sum would begin with a copy of it
@@ -216,11 +232,19 @@ class _Stack:
         return d_hidden, d_residual, found.of(self.trained, need)
 
 
-def _pre_activations(x: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
-    """[cross | middle] (tokens, d_model + bottleneck) and inner (tokens, d_model)."""
+def _cross_and_middle(x: Tensor, packed: Packed, padded: bool) -> Tensor:
+    """[cross | middle], (tokens, d_model + bottleneck), and zeros behind it where `padded`."""
     rows = x.view(-1, x.shape[-1])
-    joint = torch.addmm(packed.joint_bias, rows, packed.joint.t())
-    return joint, torch.addmm(packed.up_bias, joint[:, rows.shape[1] :], packed.up.t())
+    if padded:
+        return torch.addmm(packed.padded_bias, rows, packed.padded.t())
+    return torch.addmm(packed.joint_bias, rows, packed.joint.t())
+
+
+def _inner(joint: Tensor, packed: Packed) -> Tensor:
+    """(tokens, d_model)."""
+    width, bottleneck = packed.up.shape
+    middle = joint[:, width : width + bottleneck]
+    return torch.addmm(packed.up_bias, middle, packed.up.t())
 
 
 def _unique(prompts: Sequence[PromptWeights]) -> tuple[Tensor, ...]:

@@ -102,7 +102,8 @@ class _JointPrompt(torch.autograd.Function):
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     """Those of the arguments of `_JointPrompt.forward`."""
-    x, joint_weight, joint_bias, up, up_bias, *tensors = ctx.saved_tensors
+    x, *saved = ctx.saved_tensors
+    packed, tensors = Packed(*saved[: len(Packed._fields)]), saved[len(Packed._fields) :]
     alpha, beta = tensors[6:8]
     dtype, skip = ctx.dtype, ctx.skip
     need_x, *need = ctx.needs_input_grad[:9]
@@ -112,7 +113,6 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     if len(tensors) > 8:
         joint, inner = tensors[8:]
     else:
-        packed = Packed(joint_weight, joint_bias, up, up_bias)
         joint, inner = _pre_activations(rows, packed, width)
     row = joint.shape[1]
     flat = (grad if grad.dtype == dtype else grad.to(dtype)).reshape(-1, width)
@@ -131,12 +131,12 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         tokens, length, row, width, row,
     )  # fmt: skip
     sums = partial.sum(0)
-    torch.mm(d_inner, up, out=d_joint[:, width:])
+    torch.mm(d_inner, packed.up, out=d_joint[:, width:])
     d_x = None
     if need_x and x.dtype == dtype:
-        d_x = torch.addmm(flat, d_joint, joint_weight).view(x.shape)
+        d_x = torch.addmm(flat, d_joint, packed.joint).view(x.shape)
     elif need_x:
-        d_x = grad + torch.mm(d_joint, joint_weight).view(x.shape).to(x.dtype)
+        d_x = grad + torch.mm(d_joint, packed.joint).view(x.shape).to(x.dtype)
     d_cross = d_down = d_down_bias = d_up = None
     if need[0] or need[2]:
         d_cross, d_down = wide_product(d_joint.t(), rows, tensors[0].dtype).split(

@@ -17,7 +17,7 @@ from svp_peft.ops.cuda.driver import Driver, find_driver
 from svp_peft.ops.cuda.nvrtc import Nvrtc, find_nvrtc
 
 _log = logging.getLogger(__name__)
-_HEADERS = ("common.cuh", "conv.cuh", "norm.cuh", "scan.cuh")
+_HEADERS = ("common.cuh", "conv.cuh", "norm.cuh", "prompt_norm.cuh", "scan.cuh")
 _PATIENCE = 2.0  # seconds of compiling after which a line says so
 
 _OnePointer = ctypes.c_char_p * 1

@@ -1,7 +1,7 @@
 // The six weights of the prompters of some blocks, converted and laid side by side for the products:
 // per block [W | D] and its bias, U and its bias, each at an offset that keeps it aligned.
 //
-// Macros: ACT (of the copies), W_T (of the weights), BLOCKS.
+// Macros: ACT (of the copies), W_T (of the weights), BLOCKS, EACH (elements of a thread).
 #include "common.cuh"
 
 struct Args {
@@ -14,10 +14,21 @@ struct Args {
 static_assert(sizeof(Args) == ARGS_BYTES, "the launcher packs exactly these fields");
 
 extern "C" __global__ void __launch_bounds__(256) pack_prompters(const __grid_constant__ Args args) {
-  const int i = blockIdx.x * 256 + threadIdx.x, block = blockIdx.z;
+  const int first = blockIdx.x * 256 * EACH + threadIdx.x, block = blockIdx.z;
   ACT* out = args.out + (i64)block * args.share;
 #pragma unroll
-  for (int k = 0; k < 6; k++)
-    if (blockIdx.y == k && i < args.count[k])
-      narrow(widen(args.weight[block][k][i]), out[args.begin[k] + i]);
+  for (int k = 0; k < 6; k++) {
+    if (blockIdx.y != k) continue;
+    float several[EACH];
+#pragma unroll
+    for (int j = 0; j < EACH; j++) {
+      const int i = first + j * 256;
+      several[j] = i < args.count[k] ? widen(args.weight[block][k][i]) : 0.f;
+    }
+#pragma unroll
+    for (int j = 0; j < EACH; j++) {
+      const int i = first + j * 256;
+      if (i < args.count[k]) narrow(several[j], out[args.begin[k] + i]);
+    }
+  }
 }

@@ -4,7 +4,7 @@
 //
 // Macros: ACT (of x, cross, inner, y), RESIDUAL_T, W_T, BIAS_T, D_MODEL, PACK, RMS, HAS_BIAS, HAS_MASK,
 // IS_SKIPPED(t).
-#include "norm.cuh"
+#include "prompt_norm.cuh"
 
 struct Args {
   const ACT *x, *cross, *inner;  // cross, inner: before their activation
@@ -25,33 +25,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
   const int lane = threadIdx.x % 32, token = blockIdx.x * WARPS + threadIdx.x / 32;
   if (token >= args.tokens) return;
   const i64 row = (i64)token * D_MODEL;
-  float total[ACCESSES][PACK], before[ACCESSES][PACK], weight[ACCESSES][PACK];
-  read_row(args.x + row, lane, total);
-  const int t = token % args.length;
-  if (!(IS_SKIPPED(t))) {
-    float sum[ACCESSES][PACK];
-    read_row(args.inner + (i64)token * args.inner_row, lane, before);
-    read_row(args.beta, lane, weight);
-    EACH(i, p) sum[i][p] = weight[i][p] * (before[i][p] * sigmoid(before[i][p]));
-    read_row(args.cross + (i64)token * args.cross_row, lane, before);
-    read_row(args.alpha, lane, weight);
-    EACH(i, p) sum[i][p] = fmaf(weight[i][p], before[i][p] * sigmoid(before[i][p]), sum[i][p]);
-    // rounded as where the prompted tokens are a tensor of their own
-    EACH(i, p) total[i][p] = widen(narrowed<ACT>(total[i][p] + sum[i][p]));
-  }
-  if constexpr (HAS_MASK) {
-    const float keep = args.mask[token / args.length] * args.mask_scale;
-    EACH(i, p) total[i][p] *= keep;
-  }
-  read_row(args.residual + row, lane, before);
-  EACH(i, p) total[i][p] += before[i][p];
-  write_row(args.total + row, lane, total);
-  const float scale = normaliser(total, lane, args.eps);
-  read_row(args.weight, lane, weight);
-  EACH(i, p) total[i][p] *= scale * weight[i][p];
-  if constexpr (HAS_BIAS) {
-    read_row(args.bias, lane, weight);
-    EACH(i, p) total[i][p] += weight[i][p];
-  }
-  write_row(args.y + row, lane, total);
+  const RowAt<ACT> x{args.x + row, lane}, cross{args.cross + (i64)token * args.cross_row, lane};
+  const RowAt<ACT> inner{args.inner + (i64)token * args.inner_row, lane};
+  const RowAt<RESIDUAL_T> residual{args.residual + row, lane};
+  prompt_and_normalise(args, token, lane, x, cross, inner, residual);
 }

@@ -16,6 +16,11 @@ from svp_peft.ops.cuda.kernels import CPP_TYPE, Kernel
 from svp_peft.ops.cuda.layout import device_index
 
 _AT_ONCE = 64  # blocks of one launch; their addresses have to fit into its 4 KiB of arguments
+_EACH = 8  # elements of a thread
+
+# Rows of [W | D] for products that end with the forward pass are filled up to a multiple of this,
+# where that adds a seventh at most: cuBLAS is faster with whole tiles. 1 for none.
+PADDED_ROWS = 128
 
 
 class Packed(NamedTuple):
@@ -25,6 +30,9 @@ class Packed(NamedTuple):
     joint_bias: Tensor
     up: Tensor
     up_bias: Tensor
+    padded: Tensor
+    """`joint` and rows of zeros, see `PADDED_ROWS`."""
+    padded_bias: Tensor
 
 
 class Copies:
@@ -47,9 +55,11 @@ class Copies:
         cross, _, down, _, up, _ = blocks[0]
         width, bottleneck = cross.shape[0], down.shape[0]
         rows = width + bottleneck
-        sizes = [-(-n // 8) * 8 for n in (rows * width, rows, up.numel(), width)]  # 16-byte starts
+        padded = _padded(rows)
+        # 16-byte starts
+        sizes = [-(-n // 8) * 8 for n in (padded * width, padded, up.numel(), width)]
         share = sum(sizes)
-        buffer = cross.new_empty(len(blocks), share, dtype=dtype)
+        buffer = cross.new_zeros(len(blocks), share, dtype=dtype)
         self.packed = []
         for part in buffer:
             joint, joint_bias, up_copy, up_bias = part.split(sizes)
@@ -59,6 +69,8 @@ class Copies:
                     joint_bias[:rows],
                     up_copy[: up.numel()].view_as(up),
                     up_bias[:width],
+                    joint[: padded * width].view(padded, width),
+                    joint_bias[:padded],
                 )
             )
         begins = (
@@ -79,7 +91,7 @@ class Copies:
             self._launches.append(
                 (
                     _pack_kernel(index, act, weight, number),
-                    (-(-max(counts) // 256), 6, number),
+                    (-(-max(counts) // (256 * _EACH)), 6, number),
                     (*addresses, at, *begins, *counts, share),
                 )
             )
@@ -102,6 +114,11 @@ class Copies:
         return self.packed
 
 
+def _padded(rows: int) -> int:
+    padded = -(-rows // PADDED_ROWS) * PADDED_ROWS
+    return padded if 7 * (padded - rows) <= rows else rows
+
+
 def _addresses(blocks: Sequence[Sequence[Tensor]]) -> tuple[int, ...]:
     return tuple([w.data_ptr() for w in itertools.chain.from_iterable(blocks)])
 
@@ -112,6 +129,6 @@ def _shapes(block: Sequence[Tensor]) -> list[torch.Size]:
 
 @functools.cache
 def _pack_kernel(device: int, act: str, weight: str, blocks: int) -> Kernel:
-    macros = {"ACT": act, "W_T": weight, "BLOCKS": blocks}
+    macros = {"ACT": act, "W_T": weight, "BLOCKS": blocks, "EACH": _EACH}
     layout = f"{6 * blocks + 1}Q13i4x"
     return Kernel("pack", "pack_prompters", macros, layout, device, threads=256)

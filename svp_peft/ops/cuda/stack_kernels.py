@@ -2,17 +2,25 @@
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from svp_peft.ops.cuda import norm as norms
 from svp_peft.ops.cuda import prompt as prompts
-from svp_peft.ops.cuda.kernels import CPP_TYPE, Kernel, multiprocessors
+from svp_peft.ops.cuda.kernels import CPP_TYPE, Kernel, multiprocessors, shared_memory_limit
 from svp_peft.ops.cuda.layout import device_index, element_size, pack_of
+from svp_peft.ops.cuda.prompter_copies import Packed
 from svp_peft.ops.types import FrozenBlock
 
 _PROMPT_NORM_LAYOUT = "11Q4i2f"
+_PROMPT_UP_NORM_LAYOUT = "13Q3i2f4x"
+_TILE = 16  # tokens of a tile of prompt_up_norm
+_TILE_WARPS = 16  # that share one; a divisor of 16
+_BLOCKS = 2  # of a multiprocessor at a time, at most
+_TWICE = 384  # widest d_model for which two have registers enough
+_WIDEST, _DEEPEST = 768, 128  # d_model and bottleneck that prompt_up_norm is built for
 
 
 class StackKernels:
@@ -29,8 +37,8 @@ class StackKernels:
         self.blocks, self.index = blocks, device_index(x)
         given = [block.prompt for block in blocks if block.prompt is not None]
         self.skip = given[0].skip if given else ()
-        bottleneck = given[0].projections[2].shape[0] if given else 0
-        self.row = self.width + bottleneck  # of [cross | middle]
+        self._bottleneck = given[0].projections[2].shape[0] if given else 0
+        self.row = self.width + self._bottleneck  # of [cross | middle]
         parameters = [t for b in blocks for t in (b.norm_weight, b.norm_bias) if t is not None]
         parameters += [t for prompt in given for t in (prompt.alpha, prompt.beta)]
         units = {t.data_ptr() // element_size(t.dtype) for t in parameters}
@@ -89,9 +97,54 @@ class StackKernels:
             prompt.beta.data_ptr() + 4 * prompt.beta_row * self.width,
             residual.data_ptr(), block.norm_weight.data_ptr(), norms._address(block.norm_bias),
             normed.data_ptr(), total.data_ptr(), mask[0],
-            self.tokens, self.length, self.row, self.width, self._eps, mask[1],
+            self.tokens, self.length, joint.shape[1], self.width, self._eps, mask[1],
         )  # fmt: skip
         return normed, total
+
+    @property
+    def has_prompt_up_norm(self) -> bool:
+        """Whether `prompt_up_norm` serves these sizes on this GPU."""
+        fits = 0 < self._bottleneck <= _DEEPEST and self.width <= _WIDEST
+        wanted = _tile_bytes(self.width, self._bottleneck)
+        return fits and wanted <= shared_memory_limit(self.index)
+
+    def prompt_up_norm(
+        self,
+        number: int,
+        x: Tensor,
+        joint: Tensor,
+        packed: Packed,
+        residual: Tensor,
+        mask: tuple[int, float],
+        keep: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(normed, total, inner where it is to be kept) of a block with a prompt.
+
+        Args:
+            joint: (tokens, row or more), what is behind [cross | middle] is not read.
+        """
+        block = self.blocks[number]
+        prompt = block.prompt
+        assert prompt is not None
+        normed, total = torch.empty_like(x), torch.empty_like(residual)
+        inner = x.new_empty(self.tokens, self.width) if keep else None
+        kernel, at_once = _prompt_up_norm_kernel(
+            self.index, self.width, self._bottleneck, keep,
+            CPP_TYPE[self.x_dtype], CPP_TYPE[self.residual_dtype],
+            *norms._types(self._weight, self._bias), self.width, self._norm_pack, self._rms,
+            self._bias is not None, mask[0] != 0, self.skip,
+        )  # fmt: skip
+        kernel(
+            (min(-(-self.tokens // _TILE), at_once), 1, 1),
+            x.data_ptr(), joint.data_ptr(), packed.up.data_ptr(), packed.up_bias.data_ptr(),
+            norms._address(inner),
+            prompt.alpha.data_ptr() + 4 * prompt.alpha_row * self.width,
+            prompt.beta.data_ptr() + 4 * prompt.beta_row * self.width,
+            residual.data_ptr(), block.norm_weight.data_ptr(), norms._address(block.norm_bias),
+            normed.data_ptr(), total.data_ptr(), mask[0],
+            self.tokens, self.length, joint.shape[1], self._eps, mask[1],
+        )  # fmt: skip
+        return normed, total, inner
 
     def add_norm_backward(
         self,
@@ -146,9 +199,7 @@ class StackKernels:
         return d_joint, d_inner
 
 
-@functools.cache
-def _prompt_norm_kernel(
-    device: int,
+def _prompt_macros(
     act: str,
     residual: str,
     weight: str,
@@ -159,8 +210,8 @@ def _prompt_norm_kernel(
     has_bias: bool,
     has_mask: bool,
     skip: tuple[int, ...],
-) -> Kernel:
-    macros = {
+) -> dict[str, object]:
+    return {
         "ACT": act,
         "RESIDUAL_T": residual,
         "W_T": weight,
@@ -172,7 +223,42 @@ def _prompt_norm_kernel(
         "HAS_MASK": has_mask,
         "IS_SKIPPED(t)": prompts._is_skipped(skip),
     }
-    threads = 32 * norms._WARPS
+
+
+@functools.cache
+def _prompt_norm_kernel(device: int, *choices: Any) -> Kernel:
+    """`choices` are the arguments of `_prompt_macros`."""
     return Kernel(
-        "prompt_norm", "prompt_norm_forward", macros, _PROMPT_NORM_LAYOUT, device, threads=threads
-    )
+        "prompt_norm", "prompt_norm_forward", _prompt_macros(*choices), _PROMPT_NORM_LAYOUT,
+        device, threads=32 * norms._WARPS,
+    )  # fmt: skip
+
+
+@functools.cache
+def _prompt_up_norm_kernel(
+    device: int, width: int, bottleneck: int, keep: bool, *choices: Any
+) -> tuple[Kernel, int]:
+    """The kernel and how many blocks of it run at a time; for `choices` see `_prompt_macros`."""
+    shared = _tile_bytes(width, bottleneck)
+    # two where shared memory has room for them (a KiB of each block is the system's) and, in rows
+    # that wide, registers have
+    room = (shared_memory_limit(device) + 1024) // (shared + 1024)
+    blocks = max(1, min(_BLOCKS, room)) if width <= _TWICE else 1
+    macros = _prompt_macros(*choices) | {
+        "BOTTLENECK": bottleneck,
+        "TILE_WARPS": _TILE_WARPS,
+        "BLOCKS": blocks,
+        "KEEPS_INNER": keep,
+        "SHARED_BYTES": shared,
+    }
+    kernel = Kernel(
+        "prompt_up_norm", "prompt_up_norm_forward", macros, _PROMPT_UP_NORM_LAYOUT, device,
+        threads=32 * _TILE_WARPS, shared=shared,
+    )  # fmt: skip
+    return kernel, blocks * multiprocessors(device)
+
+
+def _tile_bytes(width: int, bottleneck: int) -> int:
+    """Shared memory of prompt_up_norm: U, middle of two tiles, inner of one."""
+    pitch = -(-bottleneck // 16) * 16 + 8
+    return 2 * ((width + 2 * _TILE) * pitch + _TILE * (width + 8))
